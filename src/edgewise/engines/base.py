@@ -1,0 +1,113 @@
+"""The seams. Everything that runs a model stands behind one of these protocols.
+
+`Row` in, logits out is a TokenModel; `engines/decode.py` makes any TokenModel a Generator. Wrappers (cascade,
+split) implement the seam that they wrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgewise.types import Chunk, FloatArray, IdArray, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids of one session: `ids` int64 [n], n >= 1, standing at `position`, `position + 1`, … (absolute).
+    `want` is how many of the last positions need logits, 0..n (0 while a prompt is filled in chunks)."""
+
+    session: str
+    position: int
+    ids: IdArray
+    want: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a Generator can do: a value to read, never a `hasattr`."""
+
+    logprobs: bool = False
+    top_logprobs: int = 0  # most alternatives per token
+    seed: bool = False
+    prompt_ids: bool = False  # takes exact token ids
+    continuation: bool = False  # can go on from a given start of the answer
+    context: int | None = None  # tokens, prompt and answer together
+
+
+class TokenModel(Protocol):
+    """Token ids to logits; owns its KV. Not reentrant: one caller (the scheduler of decode.py) awaits each call.
+    A local model blocks inside the call, so it is called from a step thread and never from a server's loop."""
+
+    name: str
+    vocab: int
+    context: int  # most positions of a session
+    slots: int  # most sessions open at once
+
+    async def open(self, session: str, limit: int) -> None:
+        """Reserve room for `limit` positions. ContextFull if limit > context, Overloaded if no slot is free,
+        ValueError if the session is open already."""
+        ...
+
+    async def forward(self, rows: Sequence[Row]) -> list[FloatArray]:
+        """Append each row to its session; logits float32 [want, vocab] per row, in order, valid until the next forward.
+
+        A row below the session's length rewinds to its position first (repeating a row is idempotent); one above it
+        raises GapError; one beyond the limit raises ContextFull. KeyError for a session that is not open. No row has
+        been applied if an error is raised. At most one row per session."""
+        ...
+
+    async def rewind(self, session: str, position: int) -> None:
+        """Forget all positions >= position. GapError if the session is shorter."""
+        ...
+
+    async def close(self, session: str) -> None:
+        """Free the session's slot; unknown sessions are ignored."""
+        ...
+
+    async def shutdown(self) -> None:
+        """Free everything. Idempotent."""
+        ...
+
+
+class Generator(Protocol):
+    """A request in, chunks out. Safe for many concurrent calls on one event loop; whoever built it closes it.
+
+    Errors are raised from the iterator: RequestError (and ContextFull) before the first chunk, EngineError and
+    RemoteError at any time. Closing the iterator (`aclose`, or cancelling the task that reads it) stops the work.
+    """
+
+    name: str
+    can: Capabilities
+
+    def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
+
+    async def close(self) -> None:
+        """Stop all work and free the model. Idempotent."""
+        ...
+
+
+class Predictor(Protocol):
+    """Tensors in, tensors out (`logits` float32 [batch, classes] among them): classifiers and vision networks."""
+
+    name: str
+
+    async def predict(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> Mapping[str, npt.NDArray[np.generic]]: ...
+
+    async def close(self) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """What decode.py needs of a tokenizer; models/tokenizer.py is the real one."""
+
+    stop_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def chat(self, messages: Sequence[object]) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...

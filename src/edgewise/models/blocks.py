@@ -1,0 +1,320 @@
+"""The block writer: a card and weight matrices in, ONNX graphs out (docs/formats/bundle.md), with numpy and no torch.
+
+A model becomes `embed` (ids to hidden), one or more `block-NN` (hidden to hidden, decoder layers a..b) and `head` (hidden to
+logits). A boundary between any two graphs is one float32 tensor [rows, hidden], so it can leave the process.
+
+Weights with a minimum per block (GGUF Q4_1) stay exact as MatMulNBits(q) + blocksum(x) @ minima: MatMulNBits' integer zero
+points cannot hold such minima, and its float zero points leave the fast kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgewise.models.card import Card
+from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized, stack
+from edgewise.types import FloatArray
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+ALIGNMENT = 4096  # external tensors start on a page, so that the runtime can map them
+INLINE_LIMIT = 1024  # bytes; smaller tensors stay inside the graph file
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer's weights. Matrices are [outputs, inputs]; a missing bias is None."""
+
+    attention_norm: FloatArray
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    ffn_norm: FloatArray
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    qkv_bias: tuple[FloatArray, FloatArray, FloatArray] | None = None
+    o_bias: FloatArray | None = None
+    gate_up_bias: tuple[FloatArray, FloatArray] | None = None
+    down_bias: FloatArray | None = None
+
+
+class DataFile:
+    """The external data of one or more graphs; a tensor written under the same name twice is stored once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def place(self, name: str, values: Array) -> tuple[int, int]:
+        """(offset, length) in bytes."""
+        if name not in self._places:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            offset = self._file.tell()
+            self._file.write(np.ascontiguousarray(values).view(np.uint8).data)
+            self._places[name] = (offset, values.nbytes)
+        return self._places[name]
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+class _Graph:
+    """An ONNX graph under construction; every method returns the name of the value it adds."""
+
+    def __init__(self, name: str, data: DataFile, accuracy_level: int) -> None:
+        self.name = name
+        self._data = data
+        self._accuracy_level = accuracy_level
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._sums: dict[str, str] = {}
+
+    def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def output(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        self._outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def tensor(self, name: str, values: Array) -> str:
+        if name not in self._initializers:
+            if values.nbytes < INLINE_LIMIT:
+                self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+            else:
+                self._initializers[name] = self._external(name, values)
+        return name
+
+    def _external(self, name: str, values: Array) -> onnx.TensorProto:
+        offset, length = self._data.place(name, values)
+        proto = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._data.path.name), ("offset", offset), ("length", length)):
+            proto.external_data.add(key=key, value=str(value))
+        return proto
+
+    def node(self, op: str, inputs: Sequence[str], out: str, *more: str, domain: str = "", **attributes: Any) -> str:
+        self._nodes.append(helper.make_node(op, inputs, [out, *more], name=out, domain=domain, **attributes))
+        return out
+
+    def linear(self, x: str, matrix: Matrix, bias: FloatArray | None, out: str) -> str:
+        """x [rows, inputs] @ matrix^T + bias."""
+        if isinstance(matrix, Dense):
+            return self._dense(x, matrix, bias, out)
+        if matrix.minima is None and bias is None:
+            return self._blocks(x, matrix, out)
+        total = self._blocks(x, matrix, f"{out}.q")
+        if matrix.minima is not None:
+            minima = self.tensor(f"{out}.minima_t", np.ascontiguousarray(matrix.minima.T))
+            part = out if bias is None else f"{out}.m"
+            total = self.node("Gemm", [self._block_sums(x, matrix.shape[1]), minima, total], part)
+        if bias is not None:
+            total = self.node("Add", [total, self.tensor(f"{out}.bias", bias)], out)
+        return total
+
+    def _dense(self, x: str, matrix: Dense, bias: FloatArray | None, out: str) -> str:
+        weight = self.tensor(f"{out}.weight", matrix.values)
+        if matrix.values.dtype != np.float32:  # stored as published; the runtime folds the cast when it loads
+            weight = self.node("Cast", [weight], f"{out}.weight32", to=TensorProto.FLOAT)
+        inputs = [x, weight] if bias is None else [x, weight, self.tensor(f"{out}.bias", bias)]
+        return self.node("Gemm", inputs, out, transB=1)
+
+    def _blocks(self, x: str, matrix: Quantized, out: str) -> str:
+        outputs, inputs = matrix.shape
+        return self.node(
+            "MatMulNBits",
+            [x, self.tensor(f"{out}.weight", matrix.packed), self.tensor(f"{out}.scales", matrix.scales)],
+            out,
+            domain=CONTRIB,
+            K=inputs,
+            N=outputs,
+            bits=matrix.bits,
+            block_size=BLOCK,
+            accuracy_level=self._accuracy_level,
+        )
+
+    def _block_sums(self, x: str, inputs: int) -> str:
+        """Sums of x over each quantization block, [rows, blocks]; one for all matrices that read x."""
+        if x not in self._sums:
+            shape = self.tensor(f"blocks{inputs}", np.array([-1, inputs // BLOCK, BLOCK], dtype=np.int64))
+            parts = self.node("Reshape", [x, shape], f"{x}.blocks")
+            axis = self.tensor("last_axis", np.array([2], dtype=np.int64))
+            self._sums[x] = self.node("ReduceSum", [parts, axis], f"{x}.sums", keepdims=0)
+        return self._sums[x]
+
+    def norm(self, x: str, scale: FloatArray, eps: float, out: str) -> str:
+        inputs = [x, self.tensor(f"{out}.scale", scale)]
+        return self.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=eps, stash_type=1)
+
+    def save(self, path: Path) -> None:
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgewise")
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+class BlockWriter:
+    """Writes the graphs of one model into a directory, layer by layer, so that the weights of one block at a time are in
+    memory. `int8_activations` chooses the kernels of quantized matrices: activations rounded to int8 per block of 32, or
+    kept float32."""
+
+    def __init__(self, card: Card, directory: Path, *, int8_activations: bool) -> None:
+        self.card = card
+        self.directory = directory
+        self._accuracy_level = 4 if int8_activations else 1
+
+    def vocabulary(self, embed: Matrix, norm: FloatArray, head: Matrix | None) -> None:
+        """`embed.onnx` and `head.onnx`; head None means that they share one table, stored once."""
+        with DataFile(self.directory / "vocabulary.data") as data:
+            self._embed(embed, data)
+            self._head(norm, embed if head is None else head, data, shared=head is None)
+
+    def _graph(self, name: str, data: DataFile) -> _Graph:
+        return _Graph(name, data, self._accuracy_level)
+
+    def _embed(self, embed: Matrix, data: DataFile) -> None:
+        g = self._graph("embed", data)
+        ids = g.input("ids", TensorProto.INT64, ["rows"])
+        g.output("hidden", TensorProto.FLOAT, ["rows", self.card.hidden])
+        if isinstance(embed, Dense):
+            rows = g.node("Gather", [g.tensor("embed.weight", embed.values), ids], "picked")
+            g.node("Cast", [rows], "hidden", to=TensorProto.FLOAT)
+        else:
+            self._embed_blocks(g, embed, ids)
+        g.save(self.directory / "embed.onnx")
+
+    def _embed_blocks(self, g: _Graph, embed: Quantized, ids: str) -> None:
+        """The picked rows only are unpacked: (q - half) * scale + minimum, the exact values of `Quantized.dense`."""
+        picked = g.node("Gather", [g.tensor("embed.weight", embed.packed), ids], "picked")
+        q = g.node("Cast", [picked], "codes", to=TensorProto.FLOAT)
+        if embed.bits == 4:
+            q = self._nibbles(g, q)
+        half = g.tensor("half", np.array(1 << (embed.bits - 1), dtype=np.float32))
+        scales = g.node("Gather", [g.tensor("embed.scales", embed.scales[..., None]), ids], "picked_scales")
+        x = g.node("Mul", [g.node("Sub", [q, half], "centred"), scales], "scaled")
+        if embed.minima is not None:
+            minima = g.node("Gather", [g.tensor("embed.minima", embed.minima[..., None]), ids], "picked_minima")
+            x = g.node("Add", [x, minima], "moved")
+        shape = g.tensor("hidden_shape", np.array([-1, self.card.hidden], dtype=np.int64))
+        g.node("Reshape", [x, shape], "hidden")
+
+    @staticmethod
+    def _nibbles(g: _Graph, codes: str) -> str:
+        """float codes 0..255 [rows, blocks, 16] to [rows, blocks, 32], the low half of a byte first."""
+        sixteen = g.tensor("sixteen", np.array(16, dtype=np.float32))
+        high = g.node("Floor", [g.node("Div", [codes, sixteen], "shifted")], "high")
+        low = g.node("Sub", [codes, g.node("Mul", [high, sixteen], "high_part")], "low")
+        last = g.tensor("unsqueeze_axis", np.array([3], dtype=np.int64))
+        pair = [g.node("Unsqueeze", [half, last], f"{half}_column") for half in (low, high)]
+        both = g.node("Concat", pair, "pairs", axis=3)
+        return g.node("Reshape", [both, g.tensor("codes_shape", np.array([0, 0, BLOCK], dtype=np.int64))], "unpacked")
+
+    def _head(self, norm: FloatArray, head: Matrix, data: DataFile, *, shared: bool) -> None:
+        g = self._graph("head", data)
+        x = g.input("hidden", TensorProto.FLOAT, ["rows", self.card.hidden])
+        g.output("logits", TensorProto.FLOAT, ["rows", self.card.vocab])
+        normed = g.norm(x, norm, self.card.norm_eps, "normed")
+        name = "embed" if shared else "logits"  # tensors of one name are one place in the data file
+        logits = g.linear(normed, head, None, name)
+        if logits != "logits":
+            g.node("Identity", [logits], "logits")
+        g.save(self.directory / "head.onnx")
+
+    def block(self, number: int, first: int, layers: Sequence[Layer]) -> str:
+        """Write layers `first`, `first + 1`, … as one graph; returns its file name."""
+        name = f"block-{number:02d}"
+        with DataFile(self.directory / f"{name}.data") as data:
+            g = self._graph(name, data)
+            x = g.input("hidden", TensorProto.FLOAT, ["rows", self.card.hidden])
+            for common, kind, shape in self._position_inputs():
+                g.input(common, kind, shape)
+            for n, layer in enumerate(layers, first):
+                x = self._layer(g, x, n, layer, last=n == first + len(layers) - 1)
+            g.output("hidden_out", TensorProto.FLOAT, ["rows", self.card.hidden])
+            g.save(self.directory / f"{name}.onnx")
+        return f"{name}.onnx"
+
+    def _position_inputs(self) -> list[tuple[str, int, list[int | str]]]:
+        half = self.card.head_dim // 2
+        return [
+            ("last_position", TensorProto.INT32, [1]),
+            ("length", TensorProto.INT32, []),
+            ("cos", TensorProto.FLOAT, ["positions", half]),
+            ("sin", TensorProto.FLOAT, ["positions", half]),
+        ]
+
+    def _layer(self, g: _Graph, x: str, n: int, layer: Layer, *, last: bool) -> str:
+        eps, at = self.card.norm_eps, f"layer{n}"
+        attended = self._attention(g, g.norm(x, layer.attention_norm, eps, f"{at}.attention_norm"), n, layer)
+        x = g.node("Add", [x, attended], f"{at}.attended")
+        fed = self._feed_forward(g, g.norm(x, layer.ffn_norm, eps, f"{at}.ffn_norm"), at, layer)
+        return g.node("Add", [x, fed], "hidden_out" if last else f"{at}.out")
+
+    def _attention(self, g: _Graph, x: str, n: int, layer: Layer) -> str:
+        card, at = self.card, f"layer{n}"
+        batch = g.tensor("batch_axis", np.array([0], dtype=np.int64))
+        qkv = [g.node("Unsqueeze", [part, batch], f"{part}.batch") if part else "" for part in self._qkv(g, x, at, layer)]
+        kv_shape: list[int | str] = [1, card.kv_heads, "capacity", card.head_dim]
+        past = [g.input(f"past_{which}_{n}", TensorProto.FLOAT, kv_shape) for which in ("key", "value")]
+        present = [g.output(f"present_{which}_{n}", TensorProto.FLOAT, kv_shape) for which in ("key", "value")]
+        mixed = g.node(
+            "GroupQueryAttention",
+            [*qkv, *past, "last_position", "length", "cos", "sin"],
+            f"{at}.mixed",
+            *present,
+            domain=CONTRIB,
+            num_heads=card.heads,
+            kv_num_heads=card.kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return g.linear(g.node("Squeeze", [mixed, batch], f"{at}.rows"), layer.o, layer.o_bias, f"{at}.o")
+
+    def _qkv(self, g: _Graph, x: str, at: str, layer: Layer) -> list[str]:
+        """One fused product where q, k and v are of one kind, else three."""
+        fused = stack([layer.q, layer.k, layer.v])
+        if fused is not None:
+            bias = None if layer.qkv_bias is None else np.concatenate(layer.qkv_bias)
+            return [g.linear(x, fused, bias, f"{at}.qkv"), "", ""]
+        biases = layer.qkv_bias or (None, None, None)
+        return [
+            g.linear(x, matrix, bias, f"{at}.{name}")
+            for name, matrix, bias in zip("qkv", (layer.q, layer.k, layer.v), biases, strict=True)
+        ]
+
+    def _feed_forward(self, g: _Graph, x: str, at: str, layer: Layer) -> str:
+        gate, up = self._gate_up(g, x, at, layer)
+        silu = g.node("QuickGelu", [gate], f"{at}.silu", domain=CONTRIB, alpha=1.0)
+        return g.linear(g.node("Mul", [silu, up], f"{at}.gated"), layer.down, layer.down_bias, f"{at}.down")
+
+    def _gate_up(self, g: _Graph, x: str, at: str, layer: Layer) -> tuple[str, str]:
+        fused = stack([layer.gate, layer.up])
+        if fused is not None:
+            bias = None if layer.gate_up_bias is None else np.concatenate(layer.gate_up_bias)
+            both = g.linear(x, fused, bias, f"{at}.gate_up")
+            g.node("Split", [both], f"{at}.gate", f"{at}.up", axis=1, num_outputs=2)
+            return f"{at}.gate", f"{at}.up"
+        gate_bias, up_bias = layer.gate_up_bias or (None, None)
+        return g.linear(x, layer.gate, gate_bias, f"{at}.gate"), g.linear(x, layer.up, up_bias, f"{at}.up")

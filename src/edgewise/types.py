@@ -1,0 +1,114 @@
+"""The frozen values that travel between rooms. A type that one room alone uses lives in that room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Route = Literal["edge", "cloud", "edge_fallback"]
+Wish = Literal["auto", "edge", "cloud"]
+FinishReason = Literal["stop", "length"]
+
+FloatArray = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; `top_p` keeps the smallest set of tokens
+    whose probability reaches it; the same seed on the same engine gives the same text."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One wish for text. Either `messages` or `prompt_ids` (exact token ids, no template) is given."""
+
+    messages: tuple[Message, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0  # alternatives per token, 0..20
+    stream: bool = False  # the caller shows text as it comes, so a cascade must decide early
+    route: Wish = "auto"
+    deadline_ms: float | None = None  # counted from the call of generate()
+    ignore_eos: bool = False  # benchmarks need an exact number of tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that could have stood at a position; `raw` may be a part of a UTF-8 character."""
+
+    id: int
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token. `logprob` is the natural log of its probability under the model's own softmax
+    (temperature 1, before top_p), None where the engine cannot say."""
+
+    id: int
+    raw: bytes
+    logprob: float | None
+    top: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens counted; `cached_tokens` of the prompt were reused from an earlier request's KV."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, as the engine saw it."""
+
+    first_token_ms: float
+    total_ms: float
+    decode_tok_s: float | None  # None with fewer than two tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which tier answered, how sure the edge was (0..1, None if unknown) and why."""
+
+    route: Route
+    confidence: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. `text` is always whole characters; texts of all chunks make the answer.
+    `tokens` are those that became final since the last chunk (with a stop string they may outrun the text).
+    `finish_reason`, `usage` and `timings` stand on the last chunk and nowhere else. `decision` stands on the first
+    and on the last chunk of a cascade."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    decision: Decision | None = None
+    model: str | None = None
