@@ -1,3 +1,25 @@
 """Edgewise: run a model on the device, ask the cloud when it pays, go on when the cloud is gone."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgewise.joint.inference import JointInference
+
+__all__ = ["JointInference", "__version__"]
 __version__ = "0.1.0"
+
+# Loaded when first used, so that `import edgewise` stays light.
+_DOORS = {"JointInference": "edgewise.joint.inference"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    door: object = getattr(import_module(_DOORS[name]), name)
+    globals()[name] = door
+    return door
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DOORS})

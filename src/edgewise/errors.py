@@ -4,6 +4,7 @@
     ├── UsageError              the call itself is wrong: flags, settings, arguments
     │   └── ConfigError         a key of edgewise.toml or an environment variable
     ├── RequestError            one request cannot be served as written
+    │   ├── UnsupportedField    a field or a value of one that is not served
     │   ├── ContextFull         prompt + answer exceed the model's context
     │   └── UnknownModel        no bundle, engine or route has that name
     ├── ModelError              a model cannot be used
@@ -59,6 +60,10 @@ class RequestError(EdgewiseError):
     def __init__(self, message: str, *, param: str | None = None, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.param = param
+
+
+class UnsupportedField(RequestError):
+    """A field, or a value of one, that would have to be ignored: it is refused instead."""
 
 
 class ContextFull(RequestError):
@@ -160,11 +165,16 @@ class RemoteTimeout(RemoteError):
 
 
 class RemoteRefused(RemoteError):
-    """The other side said no; `status` is its HTTP status."""
+    """The other side said no; `status` is its HTTP status. With 429 it may agree later, after `retry_after_s` if it
+    said so."""
 
-    def __init__(self, message: str, *, status: int, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, status: int, retry_after_s: float | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
+        self.retry_after_s = retry_after_s
+        self.retryable = status == 429
 
 
 class RemoteBroken(RemoteError):

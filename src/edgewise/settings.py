@@ -123,7 +123,7 @@ class RouteSettings:
     threshold: float | None = _setting(
         None, _number(0, 1), "edge answers with a confidence below it go to the cloud", "--threshold"
     )
-    policy: Path | None = _setting(None, _path, "a policy file; unset: the policy that ships", "--policy")
+    policy: Path | None = _setting(None, _path, "a policy file; unset: the policy that ships", "--policy")  # noqa: RUF009
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class ServeSettings:
 class Settings:
     """All settings. Made by `load`, which expands and checks every value."""
 
-    home: Path = _setting(Path("~/.edgewise"), _path, "where bundles and other state live")
+    home: Path = _setting(Path("~/.edgewise"), _path, "where bundles and other state live")  # noqa: RUF009
     threads: int | None = _setting(None, _whole(1, 1024), "threads of the runtime; unset: one per core")
     model: ModelSettings = field(default_factory=ModelSettings)
     cloud: CloudSettings = field(default_factory=CloudSettings)

@@ -47,8 +47,8 @@ class Script:
 class FakeGenerator:
     """Answers as scripted; `answer` is a text, a Script, or a function of the request that gives one.
 
-    `requests` are those that were started, in order; `given` counts the tokens handed out, `finished` and `cancelled` the
-    requests that ended well and that the reader left, `active` those that run now.
+    `requests` are those that were started, in order; `given` counts the tokens handed out, `finished` the requests
+    that ended well, `cancelled` those that the reader left, `active` those that run now.
     """
 
     can = Capabilities(logprobs=True, top_logprobs=20, seed=True, prompt_ids=True, context=4096)
@@ -149,20 +149,9 @@ async def _pause(seconds: float, watch: Stopwatch) -> None:
 
 
 class FakeTokenizer:
-    """Ids 0..255 are bytes; then come pieces of several bytes, some of them cut inside a character; the last id stops."""
+    """Ids 0..255 are bytes, then come pieces of several bytes (some cut inside a character); the last id stops."""
 
-    pieces = tuple(
-        [
-            "the ".encode(),
-            "é".encode(),
-            "日本".encode(),
-            "€".encode()[:2],
-            "€".encode()[2:],
-            "👍".encode()[:1],
-            "👍".encode()[1:],
-            "\n\n".encode(),
-        ]
-    )
+    pieces = (b"the ", "é".encode(), "日本".encode(), b"\xe2\x82", b"\xac", b"\xf0", b"\x9f\x91\x8d", b"\n\n")
     stop_id = 256 + len(pieces)
     vocab = stop_id + 1
     stop_ids = frozenset({stop_id})
@@ -280,7 +269,9 @@ class FakeTokenModel:
         assert len({row.session for row in rows}) == len(rows), "two rows of one session"
         for row in rows:
             held = self._sessions[row.session]
-            assert row.ids.dtype == np.int64 and row.ids.ndim == 1 and len(row.ids) >= 1, "ids are not int64 [n >= 1]"
+            assert row.ids.dtype == np.int64, "ids are not int64"
+            assert row.ids.ndim == 1, "ids are not a row"
+            assert len(row.ids) >= 1, "a row without ids"
             assert ((row.ids >= 0) & (row.ids < self.vocab)).all(), "an id outside the vocabulary"
             assert 0 <= row.want <= len(row.ids), "want is not 0..n"
             if row.position > held.length:

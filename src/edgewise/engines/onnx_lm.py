@@ -3,9 +3,9 @@
 Every layer's keys and values lie in one buffer per slot, bound as past and as present alike: a step writes its rows in
 place, rewinding is setting a length, and no page of a buffer is touched before it is used.
 
-Two numerics modes, fixed for a model: `fast` computes a lone row with one-row kernels; `stable` computes every row with the kernels
-for two rows and more (a lone row is padded to two), so that a row has the same bits whether it was decoded, prefilled, chunked
-or repeated after a rewind.
+Two numerics modes, fixed for a model: `fast` computes a lone row with one-row kernels; `stable` computes every row
+with the kernels for two rows and more (a lone row is padded to two), so that a row has the same bits whether it was
+decoded, prefilled, chunked or repeated after a rewind.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ class OnnxLM:
         if limit > self.context:
             raise ContextFull(limit, self.context)
         if len(self._open) >= self.slots:
-            raise Overloaded(f"all {self.slots} slots of {self.name} are taken", hint="close a session, or load with more slots")
+            raise Overloaded(
+                f"all {self.slots} slots of {self.name} are taken", hint="close a session, or load with more slots"
+            )
         slot = self._free.pop() if self._free else self._blocks.slot()
         slot.length, slot.limit = 0, limit
         self._open[session] = slot

@@ -1,10 +1,10 @@
 """The block writer: a card and weight matrices in, ONNX graphs out (docs/formats/bundle.md), with numpy and no torch.
 
-A model becomes `embed` (ids to hidden), one or more `block-NN` (hidden to hidden, decoder layers a..b) and `head` (hidden to
-logits). A boundary between any two graphs is one float32 tensor [rows, hidden], so it can leave the process.
+A model becomes `embed` (ids to hidden), one or more `block-NN` (hidden to hidden, decoder layers a..b) and `head`
+(hidden to logits). A boundary between any two graphs is one float32 tensor [rows, hidden], so it can leave the process.
 
-Weights with a minimum per block (GGUF Q4_1) stay exact as MatMulNBits(q) + blocksum(x) @ minima: MatMulNBits' integer zero
-points cannot hold such minima, and its float zero points leave the fast kernels.
+Weights with a minimum per block (GGUF Q4_1) stay exact as MatMulNBits(q) + blocksum(x) @ minima: MatMulNBits' integer
+zero points cannot hold such minima, and its float zero points leave the fast kernels.
 """
 
 from __future__ import annotations
@@ -176,9 +176,10 @@ class _Graph:
 
 
 class BlockWriter:
-    """Writes the graphs of one model into a directory, layer by layer, so that the weights of one block at a time are in
-    memory. `int8_activations` chooses the kernels of quantized matrices: activations rounded to int8 per block of 32, or
-    kept float32."""
+    """Writes the graphs of one model into a directory, so that the weights of one block at a time are in memory.
+
+    `int8_activations` chooses the kernels of quantized matrices: activations rounded to int8 per block of 32, or kept
+    float32."""
 
     def __init__(self, card: Card, directory: Path, *, int8_activations: bool) -> None:
         self.card = card
@@ -275,7 +276,9 @@ class BlockWriter:
     def _attention(self, g: _Graph, x: str, n: int, layer: Layer) -> str:
         card, at = self.card, f"layer{n}"
         batch = g.tensor("batch_axis", np.array([0], dtype=np.int64))
-        qkv = [g.node("Unsqueeze", [part, batch], f"{part}.batch") if part else "" for part in self._qkv(g, x, at, layer)]
+        qkv = [
+            g.node("Unsqueeze", [part, batch], f"{part}.batch") if part else "" for part in self._qkv(g, x, at, layer)
+        ]
         kv_shape: list[int | str] = [1, card.kv_heads, "capacity", card.head_dim]
         past = [g.input(f"past_{which}_{n}", TensorProto.FLOAT, kv_shape) for which in ("key", "value")]
         present = [g.output(f"present_{which}_{n}", TensorProto.FLOAT, kv_shape) for which in ("key", "value")]

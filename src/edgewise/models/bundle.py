@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -54,6 +53,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantization: dict[str, Any]
     parity: dict[str, Any]
     tools: dict[str, str]
+
+
+class _Version(msgspec.Struct):
+    """The one key that every format has."""
+
+    format: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +125,24 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}", hint="`edgewise pull` makes bundles")
     try:
         if file.stat().st_size > MANIFEST_LIMIT:
-            raise BundleError(f"{file} has {file.stat().st_size} bytes; a manifest has at most {MANIFEST_LIMIT}", hint=_AGAIN)
+            raise BundleError(
+                f"{file} has {file.stat().st_size} bytes; a manifest has at most {MANIFEST_LIMIT}", hint=_AGAIN
+            )
         data = file.read_bytes()
         _check_format(file, data)
         manifest = msgspec.json.decode(data, type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise BundleError(f"{file} is not a readable manifest: {e}", hint=_AGAIN) from e
     if not NAME.fullmatch(manifest.name):
-        raise BundleError(f"{file} has the name {manifest.name!r}; letters, digits, '.', '_' and '-' are allowed", hint=_AGAIN)
+        raise BundleError(
+            f"{file} has the name {manifest.name!r}; letters, digits, '.', '_' and '-' are allowed", hint=_AGAIN
+        )
     return manifest
 
 
 def _check_format(file: Path, data: bytes) -> None:
     """The version first: a later format may have other keys, and the user must hear about the version, not the keys."""
-    version = json.loads(data).get("format") if data.lstrip().startswith(b"{") else None
+    version = msgspec.json.decode(data, type=_Version).format
     if version != FORMAT:
         raise BundleError(f"{file} has format {version!r}; this version reads {FORMAT}", hint=_AGAIN)
 
@@ -144,7 +153,10 @@ def _check_graphs(bundle: Bundle) -> None:
         bundle.file(file)
     layers = [n for block in graphs.blocks for n in range(max(block.first, 0), min(block.last, bundle.card.layers) + 1)]
     if layers != list(range(bundle.card.layers)):
-        raise BundleError(f"the blocks of {bundle.name!r} are not layers 0..{bundle.card.layers - 1}, each once, in order", hint=_AGAIN)
+        raise BundleError(
+            f"the blocks of {bundle.name!r} are not layers 0..{bundle.card.layers - 1}, each once, in order",
+            hint=_AGAIN,
+        )
 
 
 def _check_size(path: Path, relative: str, entry: FileEntry) -> None:

@@ -17,8 +17,8 @@ from edgewise.types import FloatArray
 class Rope:
     """Rotary position embedding, halves layout (element i turns with element i + dims/2).
 
-    Every static scaling (linear, llama3, yarn) ends in other frequencies and a factor on cos and sin, so the frequencies
-    themselves are kept: `inverse_frequencies` float32 [dims / 2], radians per position.
+    Every static scaling (linear, llama3, yarn) ends in other frequencies and a factor on cos and sin, so the
+    frequencies themselves are kept: `inverse_frequencies` float32 [dims / 2], radians per position.
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -54,7 +54,10 @@ class Card:
     ffn_bias: bool = False
 
     def __post_init__(self) -> None:
-        sizes = {n: getattr(self, n) for n in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")}
+        sizes = {
+            n: getattr(self, n)
+            for n in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")
+        }
         bad = {name: size for name, size in sizes.items() if type(size) is not int or not 0 < size < 1 << 31}
         if bad:
             raise BundleError(f"the model card has impossible sizes: {bad}", hint="sizes are whole numbers above 0")
@@ -78,9 +81,10 @@ class Card:
     def from_json(data: Mapping[str, Any]) -> Card:
         try:
             rope = data["rope"]
-            fields = {**data, "rope": Rope(tuple(map(float, rope["inverse_frequencies"])), float(rope["attention_factor"]))}
+            fields = {
+                **data,
+                "rope": Rope(tuple(map(float, rope["inverse_frequencies"])), float(rope["attention_factor"])),
+            }
             return Card(**fields)
         except (KeyError, TypeError, ValueError) as e:
             raise BundleError(f"the model card is not readable: {e}", hint="pull the model again") from e
-
-

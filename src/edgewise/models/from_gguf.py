@@ -15,13 +15,15 @@ import numpy.typing as npt
 from edgewise.errors import SourceError, UnsupportedModel
 from edgewise.models import rope
 from edgewise.models.blocks import Layer
-from edgewise.models.card import Card
+from edgewise.models.card import Card, Rope
 from edgewise.models.gguf import GGUF
 from edgewise.models.tokenizer import write_from_gguf
 from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized, pack4
 from edgewise.types import FloatArray, IdArray
 
-LLAMACPP = "run this file as it is with the llamacpp engine: edgewise ask --edge FILE.gguf (pip install 'edgewise[llamacpp]')"
+LLAMACPP = (
+    "run this file as it is with the llamacpp engine: edgewise ask --edge FILE.gguf (pip install 'edgewise[llamacpp]')"
+)
 
 T = TypeVar("T")
 
@@ -52,7 +54,9 @@ class GGUFSource:
         name = self._field("general.architecture", str)
         if name not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            raise UnsupportedModel(f"the architecture {name!r} is not among those we can import ({known})", hint=LLAMACPP)
+            raise UnsupportedModel(
+                f"the architecture {name!r} is not among those we can import ({known})", hint=LLAMACPP
+            )
         self._prefix = name
         self._architecture = ARCHITECTURES[name]
         self.types = Counter(t.type for t in self._file.tensors.values() if len(t.shape) == 2)
@@ -81,7 +85,9 @@ class GGUFSource:
         turn_q, turn_k = self._halves(card.heads), self._halves(card.kv_heads)
         bias = None
         if card.qkv_bias:
-            q, k, v = (self._vector(f"{at}.attn_{x}.bias", n) for x, n in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)))
+            q, k, v = (
+                self._vector(f"{at}.attn_{x}.bias", n) for x, n in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+            )
             bias = (q[turn_q], k[turn_k], v)
         return Layer(
             attention_norm=self._vector(f"{at}.attn_norm.weight", card.hidden),
@@ -100,7 +106,9 @@ class GGUFSource:
         """Every tensor must have been used: one that was not means a model that is more than its card."""
         left = sorted(set(self._file.tensors) - self._used)
         if left:
-            raise UnsupportedModel(f"the file holds {len(left)} tensors that we do not know: {', '.join(left[:4])} …", hint=LLAMACPP)
+            raise UnsupportedModel(
+                f"the file holds {len(left)} tensors that we do not know: {', '.join(left[:4])} …", hint=LLAMACPP
+            )
 
     def _card(self) -> Card:
         heads = self._count("attention.head_count")
@@ -126,7 +134,7 @@ class GGUFSource:
             qkv_bias="blk.0.attn_q.bias" in self._file.tensors,
         )
 
-    def _rope(self, head_dim: int) -> rope.Rope:
+    def _rope(self, head_dim: int) -> Rope:
         p = self._prefix
         dims = self._count("rope.dimension_count", head_dim)
         theta = float(self._optional(f"{p}.rope.freq_base", float) or 10000.0)
@@ -178,11 +186,15 @@ class GGUFSource:
         unknown = {t.type for t in self._file.tensors.values()} - set(_UNPACK)
         if unknown:
             known = ", ".join(_UNPACK)
-            raise UnsupportedModel(f"weights of type {', '.join(sorted(unknown))} cannot be imported yet (known: {known})", hint=LLAMACPP)
+            raise UnsupportedModel(
+                f"weights of type {', '.join(sorted(unknown))} cannot be imported yet (known: {known})", hint=LLAMACPP
+            )
 
     def _tensor_info(self, name: str) -> Any:
         if name not in self._file.tensors:
-            raise SourceError(f"{self.path.name} lacks the tensor {name!r}", hint="take another conversion of this model")
+            raise SourceError(
+                f"{self.path.name} lacks the tensor {name!r}", hint="take another conversion of this model"
+            )
         return self._file.tensors[name]
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Matrix:
@@ -196,7 +208,7 @@ class GGUFSource:
         return self._read(name, (outputs, inputs))
 
     def _vector(self, name: str, size: int) -> FloatArray:
-        return self._read(name, (size,)).dense()[0]
+        return self._read(name, (size,)).dense().reshape(size)
 
 
 Bytes = npt.NDArray[np.uint8]
@@ -208,7 +220,7 @@ def _dense(dtype: npt.DTypeLike) -> Callable[[Bytes, tuple[int, int]], Matrix]:
 
 def _half(raw: Bytes) -> FloatArray:
     """float16 stored in the last axis' two bytes, as float32."""
-    return np.ascontiguousarray(raw).view(np.float16)[..., 0].astype(np.float32)
+    return np.asarray(np.ascontiguousarray(raw).view(np.float16)[..., 0], dtype=np.float32)
 
 
 def _codes4(raw: Bytes) -> Bytes:
@@ -233,7 +245,8 @@ def _q4_1(raw: Bytes, shape: tuple[int, int]) -> Matrix:
 
 def _q8_0(raw: Bytes, shape: tuple[int, int]) -> Matrix:
     blocks = _blocks(raw, shape, 34)
-    return Quantized(8, blocks[..., 2:] ^ 128, _half(blocks[..., :2]))  # int8 + 128, as bits
+    codes = np.bitwise_xor(blocks[..., 2:], 128, dtype=np.uint8)  # int8 + 128, as bits
+    return Quantized(8, codes, _half(blocks[..., :2]))
 
 
 _UNPACK: dict[str, Callable[[Bytes, tuple[int, int]], Matrix]] = {

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from edgewise.errors import SourceError, UnsupportedModel
 from edgewise.models import rope
 from edgewise.models.blocks import Layer
-from edgewise.models.card import Card
+from edgewise.models.card import Card, Rope
 from edgewise.models.tokenizer import write_from_hf
 from edgewise.models.weights import Dense, Matrix
 from edgewise.types import FloatArray
@@ -48,7 +48,9 @@ class HuggingFaceSource:
         self._family_name = str(self._config.get("model_type"))
         if self._family_name not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
-            raise UnsupportedModel(f"the model type {self._family_name!r} is not among those we can import ({known})", hint=LLAMACPP)
+            raise UnsupportedModel(
+                f"the model type {self._family_name!r} is not among those we can import ({known})", hint=LLAMACPP
+            )
         self._refuse_unsupported()
         self._files = self._index()
         self._used: set[str] = set()
@@ -86,12 +88,18 @@ class HuggingFaceSource:
         q_rows, kv_rows = card.heads * card.head_dim, card.kv_heads * card.head_dim
         qkv_bias = gate_up_bias = o_bias = down_bias = None
         if card.qkv_bias:
-            q, k, v = (self._vector(f"{attention}.{x}_proj.bias", s) for x, s in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)))
+            q, k, v = (
+                self._vector(f"{attention}.{x}_proj.bias", s)
+                for x, s in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+            )
             qkv_bias = (q, k, v)
         if card.attention_out_bias:
             o_bias = self._vector(f"{attention}.o_proj.bias", card.hidden)
         if card.ffn_bias:
-            gate_up_bias = (self._vector(f"{ffn}.gate_proj.bias", card.ffn), self._vector(f"{ffn}.up_proj.bias", card.ffn))
+            gate_up_bias = (
+                self._vector(f"{ffn}.gate_proj.bias", card.ffn),
+                self._vector(f"{ffn}.up_proj.bias", card.ffn),
+            )
             down_bias = self._vector(f"{ffn}.down_proj.bias", card.hidden)
         return Layer(
             attention_norm=self._vector(f"{at}.input_layernorm.weight", card.hidden),
@@ -113,12 +121,16 @@ class HuggingFaceSource:
         """Every tensor must have been used: one that was not means a model that is more than its card."""
         left = sorted(name for name in set(self._files) - self._used if not IGNORED_TENSORS.search(name))
         if left:
-            raise UnsupportedModel(f"the checkpoint holds {len(left)} tensors that we do not know: {', '.join(left[:4])} …", hint=LLAMACPP)
+            raise UnsupportedModel(
+                f"the checkpoint holds {len(left)} tensors that we do not know: {', '.join(left[:4])} …", hint=LLAMACPP
+            )
 
     def _refuse_unsupported(self) -> None:
         c = self._config
         if c.get("quantization_config"):
-            raise UnsupportedModel("the checkpoint is quantized already", hint="take the float16 or bfloat16 one, or a GGUF")
+            raise UnsupportedModel(
+                "the checkpoint is quantized already", hint="take the float16 or bfloat16 one, or a GGUF"
+            )
         if c.get("hidden_act", "silu") != "silu":
             raise UnsupportedModel(f"the activation {c['hidden_act']!r} is not supported (known: silu)", hint=LLAMACPP)
         if c.get("use_sliding_window"):
@@ -150,11 +162,13 @@ class HuggingFaceSource:
             ffn_bias=bool(self._config.get("mlp_bias", False)),
         )
 
-    def _rope(self, head_dim: int) -> rope.Rope:
+    def _rope(self, head_dim: int) -> Rope:
         """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
         scaling: Mapping[str, Any] = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
         theta = float(scaling.get("rope_theta") or self._config.get("rope_theta") or 10000.0)
-        dims = int(head_dim * float(scaling.get("partial_rotary_factor") or self._config.get("partial_rotary_factor") or 1))
+        dims = int(
+            head_dim * float(scaling.get("partial_rotary_factor") or self._config.get("partial_rotary_factor") or 1)
+        )
         return rope.from_config(theta, dims, self._count("max_position_embeddings"), scaling)
 
     def _count(self, key: str) -> int:
@@ -167,7 +181,9 @@ class HuggingFaceSource:
         """Tensor name to file, for one file or shards."""
         shards = sorted(self.path.glob("*.safetensors"))
         if not shards:
-            raise SourceError(f"{self.path} holds no .safetensors file", hint="pickled checkpoints (.bin, .pt) are not read")
+            raise SourceError(
+                f"{self.path} holds no .safetensors file", hint="pickled checkpoints (.bin, .pt) are not read"
+            )
         index: dict[str, Path] = {}
         for shard in shards:
             with _open(shard) as f:
@@ -175,7 +191,10 @@ class HuggingFaceSource:
         listing = self.path / "model.safetensors.index.json"
         missing = sorted(set(_read_json(listing).get("weight_map", {})) - set(index)) if listing.is_file() else []
         if missing:
-            raise SourceError(f"{len(missing)} tensors of the index are in no shard, {missing[0]!r} first", hint="download the missing shards")
+            raise SourceError(
+                f"{len(missing)} tensors of the index are in no shard, {missing[0]!r} first",
+                hint="download the missing shards",
+            )
         return index
 
     def _matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
@@ -184,7 +203,7 @@ class HuggingFaceSource:
         return matrix
 
     def _vector(self, name: str, size: int) -> FloatArray:
-        return self._read(name, (size,)).astype(np.float32)
+        return np.asarray(self._read(name, (size,)), dtype=np.float32)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Any:
         if name not in self._files:
@@ -192,7 +211,9 @@ class HuggingFaceSource:
         with _open(self._files[name]) as f:
             part = f.get_slice(name)
             if part.get_dtype() not in TYPES:
-                raise UnsupportedModel(f"{name} is {part.get_dtype()}; {', '.join(sorted(TYPES))} can be imported", hint=LLAMACPP)
+                raise UnsupportedModel(
+                    f"{name} is {part.get_dtype()}; {', '.join(sorted(TYPES))} can be imported", hint=LLAMACPP
+                )
             if tuple(part.get_shape()) != shape:
                 raise SourceError(f"the tensor {name!r} has shape {tuple(part.get_shape())}, config.json says {shape}")
             self._used.add(name)

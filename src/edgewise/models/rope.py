@@ -15,7 +15,8 @@ from edgewise.types import FloatArray
 
 def plain(theta: float, dims: int) -> FloatArray:
     """float32 [dims / 2]: theta^(-2i/dims) (Su et al. 2021, RoFormer)."""
-    return np.float32(1) / np.power(np.float32(theta), np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return np.asarray(1 / np.power(np.float32(theta), exponents), dtype=np.float32)
 
 
 def from_config(theta: float, dims: int, context: int, scaling: Mapping[str, Any] | None) -> Rope:
@@ -28,7 +29,7 @@ def from_config(theta: float, dims: int, context: int, scaling: Mapping[str, Any
         return _rope(frequencies)
     try:
         if kind == "linear":
-            return _rope(frequencies / np.float32(scaling["factor"]))
+            return _rope(np.asarray(frequencies / np.float32(scaling["factor"]), dtype=np.float32))
         if kind == "llama3":
             return _rope(_llama3(frequencies, scaling))
         if kind == "yarn":
@@ -43,7 +44,7 @@ def from_config(theta: float, dims: int, context: int, scaling: Mapping[str, Any
 
 def from_factors(theta: float, dims: int, factors: FloatArray) -> Rope:
     """A Rope from a GGUF `rope_freqs.weight` tensor: float32 [dims / 2] divisors of the plain frequencies."""
-    return _rope(plain(theta, dims) / factors.astype(np.float32))
+    return _rope(np.asarray(plain(theta, dims) / factors, dtype=np.float32))
 
 
 def _rope(frequencies: FloatArray, factor: float = 1.0) -> Rope:
@@ -56,7 +57,7 @@ def _llama3(frequencies: FloatArray, scaling: Mapping[str, Any]) -> FloatArray:
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     wavelengths = 2 * math.pi / frequencies
     blend = np.clip((old / wavelengths - low) / (high - low), 0.0, 1.0)
-    return ((1 - blend) * frequencies / factor + blend * frequencies).astype(np.float32)
+    return np.asarray((1 - blend) * frequencies / factor + blend * frequencies, dtype=np.float32)
 
 
 def _yarn(frequencies: FloatArray, theta: float, dims: int, context: int, scaling: Mapping[str, Any]) -> Rope:

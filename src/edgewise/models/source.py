@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from edgewise.errors import LicenceError, SourceError, UsageError
 from edgewise.models import download
 from edgewise.models.blocks import BlockWriter, Layer
-from edgewise.models.bundle import NAME, BlockEntry, Bundle, Graphs, sha256, write_manifest
+from edgewise.models.bundle import NAME, BlockEntry, Bundle, Graphs, write_manifest
 from edgewise.models.card import Card
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.from_hf import HuggingFaceSource
@@ -67,6 +67,7 @@ def pull(
     name: str | None = None,
     requantize: Literal["int4", "int8"] | None = None,
     activations: Activations = "int8",
+    layers_per_block: int = LAYERS_PER_BLOCK,
     accept_licence: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -78,8 +79,12 @@ def pull(
     fetched = download.fetch(source, home, report)
     name = name or fetched.name + (f"-{requantize}" if requantize else "")
     if not NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no bundle name", hint="letters, digits, '.', '_' and '-', beginning with a letter or digit")
-    recipe = Recipe(requantize or "exact", activations)
+        raise UsageError(
+            f"{name!r} is no bundle name", hint="letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+    if layers_per_block < 1:
+        raise UsageError(f"layers_per_block is {layers_per_block}; at least 1 is needed")
+    recipe = Recipe(requantize or "exact", activations, layers_per_block)
     model = open_source(fetched.path)
     licence = _licence(model, fetched.licence, accept_licence)
     target = bundles_dir(home) / name
@@ -166,16 +171,26 @@ def _weigher(weights: Weights) -> Callable[[Matrix], Matrix]:
 
 
 def _reweigh(layer: Layer, weigh: Callable[[Matrix], Matrix]) -> Layer:
-    from dataclasses import replace
-
-    return replace(layer, **{m: weigh(getattr(layer, m)) for m in ("q", "k", "v", "o", "gate", "up", "down")})
+    return replace(
+        layer,
+        q=weigh(layer.q),
+        k=weigh(layer.k),
+        v=weigh(layer.v),
+        o=weigh(layer.o),
+        gate=weigh(layer.gate),
+        up=weigh(layer.up),
+        down=weigh(layer.down),
+    )
 
 
 def _licence(model: ModelSource, known: str | None, accepted: bool) -> dict[str, Any]:
-    """Terms that ask for more than attribution must be accepted by name; a source that declares nothing is the user's own."""
+    """Terms that ask for more than attribution must be accepted by name; one that declares none is the user's own."""
     licence = known or model.licence_id
     if licence is not None and licence.lower() not in PERMISSIVE and not accepted:
-        raise LicenceError(f"the model comes under {licence!r}, whose terms you have to accept", hint="read them, then pull with --accept-licence")
+        raise LicenceError(
+            f"the model comes under {licence!r}, whose terms you have to accept",
+            hint="read them, then pull with --accept-licence",
+        )
     return {"id": licence, "accepted": accepted}
 
 

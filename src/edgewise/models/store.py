@@ -15,7 +15,7 @@ def bundles_dir(home: Path) -> Path:
 
 
 def list_bundles(home: Path) -> list[Bundle]:
-    """All readable bundles, by name, their files not hashed. Unreadable ones are left out; `find` says what is wrong."""
+    """All readable bundles, by name, their files not hashed. `find` says what is wrong with an unreadable one."""
     found = []
     for manifest in sorted(bundles_dir(home).glob(f"*/{MANIFEST}")):
         if not manifest.parent.name.startswith("."):
@@ -33,7 +33,9 @@ def find(name_or_path: str, home: Path, check: bool = True) -> Bundle:
         path = Path(name_or_path)
     if path is None:
         here = ", ".join(b.name for b in list_bundles(home)) or "none"
-        raise UnknownModel(f"there is no bundle {name_or_path!r}; here: {here}", param="model", hint=f"edgewise pull {name_or_path}")
+        raise UnknownModel(
+            f"there is no bundle {name_or_path!r}; here: {here}", param="model", hint=f"edgewise pull {name_or_path}"
+        )
     return Bundle.open(path, check=check)
 
 

@@ -92,8 +92,8 @@ def stack(parts: list[Matrix]) -> Matrix | None:
 
 
 def requantize(matrix: Matrix, bits: int) -> Matrix:
-    """Round to nearest with one symmetric scale per block of 32: the block's largest magnitude becomes the most negative
-    code, as in GGUF's Q4_0 and Q8_0. Matrices whose inputs do not divide into blocks stay as they are."""
+    """Round to nearest with one symmetric scale per block of 32: the largest magnitude becomes the most
+    negative code, as in GGUF's Q4_0. Matrices whose inputs do not divide into blocks stay as they are."""
     outputs, inputs = matrix.shape
     if inputs % BLOCK:
         return matrix
@@ -108,7 +108,7 @@ def requantize(matrix: Matrix, bits: int) -> Matrix:
 
 def pack4(q: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """uint8 codes 0..15 [..., 2n] to bytes [..., n], the even element in the low half."""
-    return q[..., 0::2] | (q[..., 1::2] << 4)
+    return np.bitwise_or(q[..., 0::2], np.left_shift(q[..., 1::2], 4, dtype=np.uint8), dtype=np.uint8)
 
 
 def unpack4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

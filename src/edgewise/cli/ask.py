@@ -1,0 +1,117 @@
+"""`edgewise ask`: one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Edge, Json, Mode, Policy, Threshold
+from edgewise.cli.output import note, result
+from edgewise.errors import UsageError
+from edgewise.settings import load
+
+if TYPE_CHECKING:
+    from edgewise.engines.base import Generator
+    from edgewise.types import Chunk, Request
+
+STDIN_LIMIT = 16 << 20  # characters
+
+
+def ask(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="the question; - reads it from stdin", show_default=False)
+    ],
+    edge: Edge = None,
+    cloud: Cloud = None,
+    cloud_key_env: CloudKeyEnv = None,
+    threshold: Threshold = None,
+    policy: Policy = None,
+    mode: Mode = None,
+    route: Annotated[Literal["auto", "edge", "cloud"], typer.Option(help="which tier is to answer")] = "auto",
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="instructions that go before the question")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="longest answer, in tokens")] = 512,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token")] = 0.0,
+    deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="answer within this time")] = None,
+    config: Config = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Ask one question; the text streams to stdout, with --json the whole answer comes at once."""
+    settings = load(
+        {
+            "--edge": edge,
+            "--cloud": cloud,
+            "--cloud-key-env": cloud_key_env,
+            "--threshold": threshold,
+            "--policy": policy,
+            "--mode": mode,
+        },
+        config=config,
+    ).settings
+
+    from edgewise.cli.tiers import open_cascade
+    from edgewise.types import Message, Request, Sampling
+
+    messages = [Message("system", system)] if system else []
+    request = Request(
+        messages=(*messages, Message("user", _prompt(prompt))),
+        sampling=Sampling(temperature=temperature),
+        max_tokens=max_tokens,
+        stream=not json,
+        route=route,
+        deadline_ms=deadline_ms,
+    )
+    chunks = asyncio.run(_answer(open_cascade(settings), request, show=not json))
+    facts = _facts(chunks)
+    if json:
+        result(facts, "", as_json=True)
+    else:
+        confidence = "unknown" if facts["confidence"] is None else f"{facts['confidence']:.2f}"
+        note(f"route {facts['route']}, confidence {confidence}: {facts['reason']}")
+
+
+async def _answer(generator: Generator, request: Request, *, show: bool) -> list[Chunk]:
+    chunks = []
+    try:
+        async for chunk in generator.generate(request):
+            chunks.append(chunk)
+            if show:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+    finally:
+        await generator.close()
+    if show:
+        sys.stdout.write("\n")
+    return chunks
+
+
+def _facts(chunks: list[Chunk]) -> dict[str, Any]:
+    last = chunks[-1]
+    decision, usage, timings = last.decision, last.usage, last.timings
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "route": decision.route if decision else None,
+        "confidence": decision.confidence if decision else None,
+        "reason": decision.reason if decision else None,
+        "finish_reason": last.finish_reason,
+        "usage": asdict(usage) if usage else None,
+        "timings": asdict(timings) if timings else None,
+        "model": last.model,
+    }
+
+
+def _prompt(given: str) -> str:
+    text = sys.stdin.read(STDIN_LIMIT + 1) if given == "-" else given
+    if len(text) > STDIN_LIMIT:
+        raise UsageError(f"stdin holds more than {STDIN_LIMIT} characters", hint="no model here could read them")
+    if not text.strip():
+        raise UsageError("the prompt is empty", hint='edgewise ask "What is the capital of France?"')
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError("the prompt is not valid UTF-8", hint="check the terminal's encoding") from e
+    return text

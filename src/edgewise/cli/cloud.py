@@ -1,0 +1,26 @@
+"""`edgewise cloud`: the cloud tier."""
+
+from __future__ import annotations
+
+from edgewise.cli.options import Config, Debug, Host, KeyEnv, Mode, Model, Port
+from edgewise.settings import load
+
+
+def cloud(
+    model: Model = None,
+    mode: Mode = None,
+    host: Host = None,
+    port: Port = None,
+    key_env: KeyEnv = None,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Serve the OpenAI API with one model: the tier behind an edge node. The first line of stdout is {"url": ...},
+    once it is ready."""
+    settings = load(
+        {"--model": model, "--mode": mode, "--host": host, "--port": port, "--key-env": key_env}, config=config
+    ).settings
+
+    from edgewise.cli.tiers import listen, open_model
+
+    listen(open_model(settings), settings.serve, route="cloud", models=("auto", "cloud"))

@@ -1,0 +1,175 @@
+"""`edgewise doctor`: what works on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Json
+from edgewise.cli.output import columns, note, result
+from edgewise.errors import EdgewiseError, UsageError
+from edgewise.settings import load, secret
+
+if TYPE_CHECKING:
+    from edgewise.settings import Settings
+
+DISK_NEEDED = 1 << 30  # bytes; a pull of the default model holds its source and its bundle
+CLOUD_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. `absent` is a choice (an extra that is not installed), `failed` is a fault to mend."""
+
+    name: str
+    status: Literal["ok", "absent", "failed"]
+    detail: str
+    hint: str | None = None
+
+
+def doctor(
+    install: Annotated[str | None, typer.Option(metavar="TARGET", help="install what an optional part needs")] = None,
+    cloud: Cloud = None,
+    cloud_key_env: CloudKeyEnv = None,
+    config: Config = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check what works on this machine. Exit code 1 if something that is needed does not."""
+    if install is not None:
+        _install(install, as_json=json)
+        return
+    settings = load({"--cloud": cloud, "--cloud-key-env": cloud_key_env}, config=config).settings
+    checks = list(_checks(settings))
+    ok = all(check.status != "failed" for check in checks)
+    rows = [(c.status, c.name, f"{c.detail} ({c.hint})" if c.hint else c.detail) for c in checks]
+    result({"ok": ok, "checks": [asdict(check) for check in checks]}, columns(rows), as_json=json)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _checks(settings: Settings) -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+    yield Check("platform", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
+    yield Check("cores", "ok", f"{os.cpu_count()} in all, {_usable_cores()} for this process")
+    yield _simd()
+    yield _onnxruntime()
+    yield from map(_extra, sorted(_extras()))
+    yield from _bundles(settings.home)
+    yield _disk(settings.home)
+    yield _port(settings.serve.host, settings.serve.port)
+    if settings.cloud.url is not None:
+        yield _cloud(settings.cloud.url, secret(settings.cloud.key_env, "--cloud-key-env"))
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _simd() -> Check:
+    import numpy
+
+    found = numpy.show_config(mode="dicts")["SIMD Extensions"]
+    return Check("simd", "ok", " ".join([*found.get("baseline", []), *found.get("found", [])]) or "none known to numpy")
+
+
+def _onnxruntime() -> Check:
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as e:  # OSError: the library is there and its loader refuses it
+        return Check("onnxruntime", "failed", str(e), hint="pip install --force-reinstall onnxruntime")
+    return Check("onnxruntime", "ok", f"{onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}")
+
+
+def _extras() -> dict[str, list[str]]:
+    """The optional parts and what each needs, as our own package declares them."""
+    extras: dict[str, list[str]] = {}
+    for requirement in metadata.requires("edgewise") or []:
+        needs, _, marker = requirement.partition(";")
+        named = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
+        if named:
+            extras.setdefault(named[1], []).append(needs.strip())
+    return extras
+
+
+def _extra(extra: str) -> Check:
+    names = [re.match(r"[\w.-]+", need) for need in _extras()[extra]]
+    try:
+        return Check(extra, "ok", ", ".join(f"{n[0]} {metadata.version(n[0])}" for n in names if n))
+    except metadata.PackageNotFoundError as e:
+        return Check(extra, "absent", f"{e.name} is not installed", hint=f"edgewise doctor --install {extra}")
+
+
+def _bundles(home: Path) -> Iterator[Check]:
+    from edgewise.models.store import bundles_dir, find
+
+    paths = sorted(p for p in bundles_dir(home).glob("*") if p.is_dir() and not p.name.startswith("."))
+    if not paths:
+        yield Check("bundles", "absent", f"none in {home}", hint="edgewise pull")
+    for path in paths:
+        try:
+            find(path.name, home)
+            yield Check("bundle", "ok", f"{path.name}: every file is what its manifest says")
+        except EdgewiseError as e:
+            yield Check("bundle", "failed", f"{path.name}: {e.message}", hint=e.hint)
+
+
+def _disk(home: Path) -> Check:
+    there = next(path for path in (home, *home.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    enough = free >= DISK_NEEDED and os.access(there, os.W_OK)
+    hint = (
+        None if enough else f"needed: {DISK_NEEDED / 1e9:.1f} GB that you may write to; EDGEWISE_HOME chooses the place"
+    )
+    return Check("disk", "ok" if enough else "failed", f"{free / 1e9:.1f} GB free at {there}", hint)
+
+
+def _port(host: str, port: int) -> Check:
+    place = f"{host}:{port or 'any'}"
+    try:
+        with socket.create_server((host, port)):
+            return Check("port", "ok", f"{place} is free")
+    except OSError as e:
+        return Check("port", "failed", f"{place}: {e.strerror or e}", hint="serve with --port 0, or choose another")
+
+
+def _cloud(url: str, key: str | None) -> Check:
+    import httpx2
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx2.get(models_url(url), headers=headers, timeout=CLOUD_TIMEOUT_S)
+    except httpx2.HTTPError as e:
+        return Check("cloud", "failed", f"{url} cannot be reached: {e}", hint="check the address and the network")
+    if answer.status_code >= 400:
+        return Check(
+            "cloud", "failed", f"{url} answers {answer.status_code}", hint="check the address and --cloud-key-env"
+        )
+    return Check("cloud", "ok", f"{url} answers")
+
+
+def _install(target: str, *, as_json: bool) -> None:
+    """Install an extra's own requirements; naming ourselves to pip could fetch a stranger of the same name."""
+    extras = _extras()
+    if target not in extras:
+        raise UsageError(f"there is no optional part {target!r}", hint=f"known: {', '.join(sorted(extras))}")
+    command = [sys.executable, "-m", "pip", "install", *extras[target]]
+    note(shlex.join(command))
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    outcome = "installed" if code == 0 else f"pip failed with exit code {code}"
+    result({"target": target, "command": command, "installed": code == 0}, f"{target}: {outcome}", as_json=as_json)
+    if code:
+        raise typer.Exit(3)

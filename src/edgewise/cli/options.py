@@ -1,0 +1,54 @@
+"""The flags that several verbs share, so that a flag means the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgewise.settings import BY_FLAG
+
+
+@dataclass
+class Run:
+    """What one call of the command line carries from its flags to its end."""
+
+    debug: bool = False
+
+
+def _debug(context: typer.Context, value: bool) -> bool:
+    context.find_root().obj.debug |= value
+    return value
+
+
+def _setting(flag: str, metavar: str) -> Any:
+    """An option whose help and default are those of its setting."""
+    leaf = BY_FLAG[flag]
+    default = "" if leaf.default is None else f"  [default: {leaf.default}]"
+    return typer.Option(flag, metavar=metavar, help=leaf.about + default, show_default=False)
+
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="show a traceback if Edgewise itself fails")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="settings file  [default: $EDGEWISE_CONFIG, then $EDGEWISE_HOME/edgewise.toml]",
+    ),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="a bundle's name", show_default=False)]
+
+Edge = Annotated[str | None, _setting("--edge", "BUNDLE")]
+Model = Annotated[str | None, _setting("--model", "BUNDLE")]
+Mode = Annotated[str | None, _setting("--mode", "fast|stable")]
+Cloud = Annotated[str | None, _setting("--cloud", "URL")]
+CloudKeyEnv = Annotated[str | None, _setting("--cloud-key-env", "NAME")]
+Threshold = Annotated[str | None, _setting("--threshold", "T")]
+Policy = Annotated[str | None, _setting("--policy", "FILE")]
+Host = Annotated[str | None, _setting("--host", "ADDRESS")]
+Port = Annotated[str | None, _setting("--port", "N")]
+KeyEnv = Annotated[str | None, _setting("--key-env", "NAME")]

@@ -1,0 +1,53 @@
+"""`edgewise serve`: the edge node."""
+
+from __future__ import annotations
+
+from edgewise.cli.options import (
+    Cloud,
+    CloudKeyEnv,
+    Config,
+    Debug,
+    Edge,
+    Host,
+    KeyEnv,
+    Mode,
+    Policy,
+    Port,
+    Threshold,
+)
+from edgewise.settings import load
+
+
+def serve(
+    edge: Edge = None,
+    cloud: Cloud = None,
+    cloud_key_env: CloudKeyEnv = None,
+    threshold: Threshold = None,
+    policy: Policy = None,
+    mode: Mode = None,
+    host: Host = None,
+    port: Port = None,
+    key_env: KeyEnv = None,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Serve the OpenAI API from this machine: the edge answers, the cloud helps. The first line of stdout is
+    {"url": ...}, once the node is ready."""
+    settings = load(
+        {
+            "--edge": edge,
+            "--cloud": cloud,
+            "--cloud-key-env": cloud_key_env,
+            "--threshold": threshold,
+            "--policy": policy,
+            "--mode": mode,
+            "--host": host,
+            "--port": port,
+            "--key-env": key_env,
+        },
+        config=config,
+    ).settings
+
+    from edgewise.cli.tiers import listen, open_cascade
+
+    listen(open_cascade(settings), settings.serve, route="edge", models=("auto", "edge", "cloud"))

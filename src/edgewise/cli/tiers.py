@@ -1,0 +1,61 @@
+"""The models that the settings name, opened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgewise.cli.output import note, progress
+from edgewise.settings import DEFAULT_MODEL, secret
+
+if TYPE_CHECKING:
+    from edgewise.engines.base import Generator
+    from edgewise.joint.cascade import Cascade
+    from edgewise.joint.policy import Policy
+    from edgewise.settings import RouteSettings, Settings
+
+
+def open_model(settings: Settings) -> Generator:
+    """The model of this machine. The default one is pulled if it is not here yet."""
+    from edgewise.engines.load import open_generator
+
+    if settings.threads is not None:
+        from edgewise.engines.onnx_lm import set_threads
+
+        set_threads(settings.threads)
+    if settings.model.name == DEFAULT_MODEL:
+        _pull_default(settings)
+    model = settings.model
+    return open_generator(model.name, home=settings.home, mode=model.mode, slots=model.slots, context=model.context)
+
+
+def open_cascade(settings: Settings) -> Cascade:
+    """The edge, and the cloud behind it if there is one. Whoever calls this closes the cascade, which closes both."""
+    from edgewise.engines.openai import OpenAI
+    from edgewise.joint.cascade import Cascade
+
+    policy = _policy(settings.route)
+    key = secret(settings.cloud.key_env, "--cloud-key-env")
+    url = settings.cloud.url
+    cloud = None if url is None else OpenAI(url, model=settings.cloud.model, key=key)
+    return Cascade(open_model(settings), cloud, policy)
+
+
+def _policy(route: RouteSettings) -> Policy:
+    from edgewise.joint.policy import Policy
+
+    if route.policy is not None:
+        return Policy.open(route.policy)
+    return Policy.default() if route.threshold is None else Policy.threshold(route.threshold)
+
+
+def _pull_default(settings: Settings) -> None:
+    from edgewise.errors import UnknownModel
+    from edgewise.models.source import pull
+    from edgewise.models.store import find
+
+    try:
+        find(DEFAULT_MODEL, settings.home, check=False)
+    except UnknownModel:
+        note(f"there is no bundle {DEFAULT_MODEL} in {settings.home} yet: pulling it (about 100 MB, once)")
+        with progress() as show:
+            pull(DEFAULT_MODEL, home=settings.home, progress=show)

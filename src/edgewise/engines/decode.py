@@ -1,0 +1,240 @@
+"""A Generator over any TokenModel: sampling, stops, log-probs, interleaving and prefix reuse live here, once.
+
+One thread per loaded model, the step thread, runs an event loop of its own with one scheduler in it. A local model blocks
+inside `forward`, a remote one awaits there; the scheduler does not care. Requests come in through a lock; what a
+step produced goes back in one call per waiting event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgewise.engines.answer import Stopwatch, TextStream, check_request
+from edgewise.engines.base import Capabilities, Row, TokenModel, Tokenizer
+from edgewise.engines.sampling import Choice, Sampler
+from edgewise.errors import ContextFull, EdgewiseError, EngineClosed, EngineError, Overloaded, RequestError
+from edgewise.types import Candidate, Chunk, FinishReason, FloatArray, IdArray, Request, Token, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """How the scheduler divides the model among requests."""
+
+    queue: int = 64  # requests that may wait for a slot; one more is Overloaded
+    prefill_chunk: int = 512  # most prompt tokens in one step, all requests together
+
+
+class Decoder:
+    """A Generator over `model`, which it owns from now on: `close()` shuts it down.
+
+    Up to `model.slots` requests run at once, each one token a step; prompts are filled in chunks in between, in turn. A
+    finished request leaves its KV behind, and a later one that begins with the same tokens starts from there
+    (`usage.cached_tokens`). A prompt that leaves no room for one token is ContextFull; an answer that reaches the
+    end of the context before `max_tokens` ends there with finish_reason "length". The stop token is neither in the text
+    nor among the tokens; with `ignore_eos` it is a token like any other.
+
+    Any event loop of the process may use it. What goes wrong in the model is an EngineError (or the model's own
+    EdgewiseError) of the requests in that step alone.
+    """
+
+    def __init__(
+        self,
+        model: TokenModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str | None = None,
+        options: DecodeOptions = DecodeOptions(),
+    ) -> None:
+        self.name = name or model.name
+        self.can = Capabilities(logprobs=True, top_logprobs=20, seed=True, prompt_ids=True, context=model.context)
+        self._vocab, self._context, self._tokenizer = model.vocab, model.context, tokenizer
+        self._scheduler = _Scheduler(model, tokenizer, self.name, options)
+        # Without close() the thread ends with this object, or at exit while the interpreter is still whole.
+        weakref.finalize(self, self._scheduler.stop, timeout_s=5.0)
+
+    def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        return self._answer(request, Stopwatch(request.deadline_ms))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._scheduler.stop)
+
+    async def _answer(self, request: Request, watch: Stopwatch) -> AsyncIterator[Chunk]:
+        check_request(request, self.can)
+        self._scheduler.check_room()
+        job = _Job(request, await asyncio.to_thread(self._prompt, request), watch)
+        timer = None
+        if request.deadline_ms is not None:
+            timer = job.loop.call_later(max(0.0, watch.remaining_s()), job.expire)
+        try:
+            self._scheduler.submit(job)
+            async for chunk in job.chunks():
+                yield chunk
+        finally:
+            job.left = True
+            if timer is not None:
+                timer.cancel()
+
+    def _prompt(self, request: Request) -> IdArray:
+        ids = self._tokenizer.chat(request.messages) if request.prompt_ids is None else request.prompt_ids
+        if len(ids) + 1 > self._context:
+            raise ContextFull(len(ids) + 1, self._context)
+        wrong = next((i for i in ids if not 0 <= i < self._vocab), None)
+        if wrong is not None or not ids:
+            seen = "an empty prompt" if wrong is None else f"the token id {wrong}"
+            param = "messages" if request.prompt_ids is None else "prompt_ids"
+            raise RequestError(f"{param} gives {seen}, allowed are ids from 0 to {self._vocab - 1}", param=param)
+        return np.array(ids, np.int64)
+
+
+class _Job:
+    """A request on its way: made and read on the caller's loop, worked on in the step thread."""
+
+    def __init__(self, request: Request, prompt: IdArray, watch: Stopwatch) -> None:
+        self.request, self.prompt, self.watch = request, prompt, watch
+        self.loop = asyncio.get_running_loop()
+        self.left = False  # nobody reads it any more; the scheduler drops it before its next step
+        self.inbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        while True:
+            item = await self.inbox.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.finish_reason is not None:
+                return
+
+    def expire(self) -> None:
+        self.left = True
+        self.inbox.put_nowait(self.watch.exceeded())
+
+
+class _Slot:
+    """A session of the model and the ids whose KV it holds."""
+
+    def __init__(self, session: str, context: int) -> None:
+        self.session = session
+        self._ids = np.empty(context, np.int64)
+        self.length = 0
+
+    def append(self, ids: IdArray) -> None:
+        self._ids[self.length : self.length + len(ids)] = ids
+        self.length += len(ids)
+
+    def common(self, prompt: IdArray) -> int:
+        """How many positions can be kept for this prompt. Its last token is always computed, to have its logits."""
+        most = min(self.length, len(prompt) - 1)
+        differ = self._ids[:most] != prompt[:most]
+        return int(differ.argmax()) if differ.any() else most
+
+
+class _Task:
+    """A job that has a slot. It computes what of the prompt the slot does not hold, then a token a step."""
+
+    def __init__(self, job: _Job, slot: _Slot, tokenizer: Tokenizer, name: str, context: int) -> None:
+        self.job, self.slot = job, slot
+        self._tokenizer, self._name = tokenizer, name
+        self._cached = slot.length
+        self._todo = job.prompt[slot.length :]  # ids that must be computed before the next token can be chosen
+        self._sampler = Sampler(job.request.sampling, job.request.top_logprobs)
+        self._text = TextStream(job.request.stop)
+        self._count = 0
+        self._most = min(job.request.max_tokens, context - len(job.prompt))
+        self._stop_ids = frozenset() if job.request.ignore_eos else tokenizer.stop_ids
+
+    @property
+    def filling(self) -> bool:
+        return self._count == 0
+
+    def row(self, most: int) -> Row:
+        ids = self._todo[:most]
+        return Row(self.slot.session, self.slot.length, ids, want=int(len(ids) == len(self._todo)))
+
+    def advance(self, row: Row, logits: FloatArray) -> Chunk | None:
+        """The row was computed; what came of it is None while the prompt is not complete."""
+        self.slot.append(row.ids)
+        self._todo = self._todo[len(row.ids) :]
+        return self._next(self._sampler.choose(logits[-1])) if row.want else None
+
+    def _next(self, choice: Choice) -> Chunk:
+        if choice.id in self._stop_ids:
+            return self._last("", (), "stop")
+        self._count += 1
+        self.job.watch.token()
+        token = self._token(choice)
+        self._todo = np.array([choice.id], np.int64)
+        text = self._text.push(token.raw)
+        if self._text.stopped:
+            return self._last(text, (token,), "stop")
+        if self._count == self._most:
+            return self._last(text, (token,), "length")
+        return Chunk(text, (token,), model=self._name)
+
+    def _token(self, choice: Choice) -> Token:
+        top = tuple(Candidate(i, self._tokenizer.token_bytes(i), logprob) for i, logprob in choice.top)
+        return Token(choice.id, self._tokenizer.token_bytes(choice.id), choice.logprob, top)
+
+    def _last(self, text: str, tokens: tuple[Token, ...], reason: FinishReason) -> Chunk:
+        rest = self._text.finish()
+        return Chunk(
+            text + rest,
+            tokens,
+            finish_reason="stop" if self._text.stopped else reason,
+            usage=Usage(len(self.job.prompt), self._count, self._cached),
+            timings=self.job.watch.timings(),
+            model=self._name,
+        )
+
+
+class _Scheduler:
+    """Owns the model and the step thread. `submit`, `check_room` and `stop` are for other threads; everything that begins
+    with an underscore runs in the step thread."""
+
+    def __init__(self, model: TokenModel, tokenizer: Tokenizer, name: str, options: DecodeOptions) -> None:
+        self._model, self._tokenizer, self._name, self._options = model, tokenizer, name, options
+        self._lock = threading.Lock()  # over _waiting and _stopping
+        self._waiting: deque[_Job] = deque()
+        self._stopping = False
+        self._active: list[_Task] = []
+        self._idle: list[_Slot] = []  # the least recently used first
+        self._opened = 0
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Chunk | Exception]]] = {}
+        self._sleeping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=f"step {name}", daemon=True)
+        self._thread.start()
+
+    def check_room(self) -> None:
+        """EngineClosed or Overloaded if a request that came now would be refused."""
+        if self._stopping:
+            raise EngineClosed(f"{self._name} was closed", hint="open the model again")
+        running = sum(not task.job.left for task in self._active)
+        waiting = sum(not job.left for job in self._waiting)
+        if running + waiting >= self._model.slots + self._options.queue:
+            raise Overloaded(
+                f"{self._name} runs {running} requests and {waiting} wait; at most {self._options.queue} may wait",
+                hint="ask again later",
+            )
+
+    def submit(self, job: _Job) -> None:
+        with self._lock:
+            self.check_room()
+            self._waiting.append(job)
+        if self._sleeping:
+            self._call(self._wake.set)
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End all requests with EngineClosed, shut the model down, join the thread. Idempotent."""
+        with self._lock:
+            self._stopping = True
+        if self._loop is not None:
+            self._call(self._work.cancel)
+        if threading.current_thread() is not self._thread:  # the garbage collector may run this in any thread
+            self._thread.join(timeout_s)

@@ -1,0 +1,217 @@
+"""The cascade: two Generators, or two Predictors, that answer as one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from edgewise.engines.answer import check_request
+from edgewise.engines.base import Capabilities, Generator, Predictor
+from edgewise.errors import (
+    DeadlineExceeded,
+    EdgewiseError,
+    EngineError,
+    RemoteBroken,
+    RemoteError,
+    RemoteTimeout,
+    Unreachable,
+)
+from edgewise.joint import signals
+from edgewise.joint.breaker import Breaker
+from edgewise.joint.core import Case, Core, Stats, Verdict, verdict
+from edgewise.joint.policy import Policy
+from edgewise.types import Chunk, Decision, Request, Wish
+
+Tensors = Mapping[str, npt.NDArray[np.generic]]
+
+
+class Cascade:
+    """A Generator over two. The edge answers; where it is not sure enough, the cloud does; where the cloud does not
+    deliver in time, the edge's answer stands. The first and the last chunk carry the same Decision.
+
+    Whole answers are judged when they are whole. Streamed ones (`request.stream`) are judged by their first tokens,
+    which are held back for that; what was sent is never taken back. A cloud that dies after its text was sent is a
+    RemoteError from the iterator, which says how much was sent. The edge's tokens carry log-probabilities wherever it
+    has them, whether or not the request asked. The cascade owns its tiers: `close` closes them.
+    """
+
+    def __init__(
+        self,
+        edge: Generator,
+        cloud: Generator | None = None,
+        policy: Policy | None = None,
+        breaker: Breaker | None = None,
+        *,
+        name: str = "auto",
+    ) -> None:
+        self.name = name
+        self.can = edge.can if cloud is None else _both(edge.can, cloud.can)
+        self.policy = policy or Policy.default()
+        self.breaker = breaker or Breaker()
+        self._edge = edge
+        self._cloud = cloud
+        self._core = Core(self.policy, self.breaker)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts for metrics; `breaker.state` stands beside them."""
+        return self._core.stats
+
+    def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        return self._answer(request, asyncio.get_running_loop().time())
+
+    async def close(self) -> None:
+        await self._core.close()
+        await self._edge.close()
+        if self._cloud is not None:
+            await self._cloud.close()
+
+    async def _answer(self, request: Request, arrived: float) -> AsyncGenerator[Chunk]:
+        check_request(request, self._edge.can if request.route == "edge" else self.can)
+        sent, decision = 0, None
+        async with aclosing(self._core.run(self._case(request, arrived))) as pairs:
+            try:
+                async for chunk, made in pairs:
+                    ends = decision is None or chunk.finish_reason is not None
+                    decision = made
+                    yield replace(chunk, decision=made) if ends else chunk
+                    sent += len(chunk.text)
+            except Exception as error:
+                if decision is None or decision.route != "cloud" or isinstance(error, DeadlineExceeded):
+                    raise
+                raise _cut_short(error, sent) from error
+
+    def _case(self, request: Request, arrived: float) -> Case[Chunk]:
+        deadline_ms = self.policy.deadline_ms if request.deadline_ms is None else request.deadline_ms
+        return Case(
+            edge=partial(self._ask_edge, request),
+            cloud=None if self._cloud is None else partial(self._ask_cloud, self._cloud, request),
+            judge=self._judge,
+            enough=self._enough,
+            speaks=lambda chunk: bool(chunk.text) or chunk.finish_reason is not None,
+            stream=request.stream,
+            wish=request.route,
+            deadline=None if deadline_ms is None else arrived + deadline_ms / 1000,
+        )
+
+    def _ask_edge(self, request: Request) -> AsyncIterator[Chunk]:
+        """Without the deadline: the core keeps it, and cancels."""
+        asked = replace(request, route="auto", deadline_ms=None, logprobs=request.logprobs or self._edge.can.logprobs)
+        return _whole(self._edge.generate(asked), EngineError(f"{self._edge.name} broke off its answer"))
+
+    def _ask_cloud(self, cloud: Generator, request: Request, left_s: float | None) -> AsyncIterator[Chunk]:
+        asked = replace(request, route="auto", deadline_ms=None if left_s is None else left_s * 1000)
+        return _whole(cloud.generate(asked), RemoteBroken(f"{cloud.name} broke off its answer"))
+
+    def _judge(self, chunks: Sequence[Chunk], whole: bool) -> Verdict:
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        ended = chunks[-1].finish_reason if whole and chunks else None
+        read = signals.of_text(tokens, "".join(chunk.text for chunk in chunks), ended)
+        return verdict(self.policy, read, (self.policy.whole if whole else self.policy.early).threshold)
+
+    def _enough(self, chunks: Sequence[Chunk]) -> bool:
+        return sum(len(chunk.tokens) for chunk in chunks) >= self.policy.early.tokens
+
+
+class PredictorCascade:
+    """A Predictor over two. The confidence is the greatest softmax probability of `logits`, of a batch that of its
+    least confident row: the whole batch goes one way. The tensors returned are the very ones that the tier gave."""
+
+    def __init__(
+        self,
+        edge: Predictor,
+        cloud: Predictor | None = None,
+        policy: Policy | None = None,
+        breaker: Breaker | None = None,
+        *,
+        name: str = "auto",
+    ) -> None:
+        self.name = name
+        self.policy = policy or Policy.softmax(0.8)
+        self.breaker = breaker or Breaker()
+        self._edge = edge
+        self._cloud = cloud
+        self._core = Core(self.policy, self.breaker)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts for metrics; `breaker.state` stands beside them."""
+        return self._core.stats
+
+    async def predict(self, inputs: Tensors) -> Tensors:
+        return (await self.decide(inputs))[0]
+
+    async def decide(
+        self, inputs: Tensors, *, wish: Wish = "auto", deadline_ms: float | None = None
+    ) -> tuple[Tensors, Decision]:
+        """`predict`, and by which route the answer came."""
+        deadline_ms = self.policy.deadline_ms if deadline_ms is None else deadline_ms
+        now = asyncio.get_running_loop().time()
+        cloud = self._cloud
+        return await self._core.single(
+            Case(
+                edge=lambda: _once(self._edge, inputs),
+                cloud=None if cloud is None else lambda _: _once(cloud, inputs),
+                judge=self._judge,
+                enough=bool,
+                speaks=lambda _: True,
+                stream=False,
+                wish=wish,
+                deadline=None if deadline_ms is None else now + deadline_ms / 1000,
+            )
+        )
+
+    async def close(self) -> None:
+        await self._core.close()
+        await self._edge.close()
+        if self._cloud is not None:
+            await self._cloud.close()
+
+    def _judge(self, answers: Sequence[Tensors], whole: bool) -> Verdict:
+        logits = answers[0].get("logits")
+        read = {} if logits is None else signals.of_logits(logits)
+        return verdict(self.policy, read, self.policy.whole.threshold)
+
+
+async def _whole(chunks: AsyncIterator[Chunk], broken: EdgewiseError) -> AsyncGenerator[Chunk]:
+    """The chunks up to the last one; `broken` if there is no last one."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+        raise broken
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
+
+
+async def _once(predictor: Predictor, inputs: Tensors) -> AsyncGenerator[Tensors]:
+    yield await predictor.predict(inputs)
+
+
+def _cut_short(error: Exception, sent: int) -> RemoteError:
+    kind = next((kind for kind in (Unreachable, RemoteTimeout) if isinstance(error, kind)), RemoteBroken)
+    return kind(
+        f"the cloud broke off after {sent} characters of its answer were sent: {error}",
+        hint="what was sent stands; ask again for the whole answer",
+    )
+
+
+def _both(edge: Capabilities, cloud: Capabilities) -> Capabilities:
+    """What a request may ask for that either may get. A prompt too long for one may still fit the other."""
+    known = edge.context is not None and cloud.context is not None
+    return Capabilities(
+        logprobs=edge.logprobs and cloud.logprobs,
+        top_logprobs=min(edge.top_logprobs, cloud.top_logprobs),
+        seed=edge.seed and cloud.seed,
+        prompt_ids=edge.prompt_ids and cloud.prompt_ids,
+        continuation=False,
+        context=max(edge.context or 0, cloud.context or 0) if known else None,
+    )

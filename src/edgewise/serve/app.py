@@ -1,0 +1,133 @@
+"""The HTTP app: paths, keys, models, health. It knows one seam, Generator, and decides nothing."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route as Path
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edgewise.engines.base import Generator
+from edgewise.errors import UnknownModel
+from edgewise.serve.chat import Chat, Limits
+from edgewise.serve.errors import answer_error, failure_of
+from edgewise.serve.metrics import Metrics
+from edgewise.types import Route
+from edgewise.wire.openai import encode_model, encode_models
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})  # for probes, which have no key
+
+
+def create_app(
+    generator: Generator,
+    *,
+    models: Sequence[str],
+    route: Route,
+    key: str | None = None,
+    ready: Callable[[], Awaitable[bool]] | None = None,
+    limits: Limits | None = None,
+) -> Starlette:
+    """The app over one generator, which it closes when it shuts down.
+
+    `models` are the names that /v1/models lists; `auto`, `edge` and `cloud` are understood besides. `route` is told
+    of answers whose generator made no decision. With `key` all paths but the probes need it as a bearer token. `ready`
+    answers /readyz; without it the app is ready once it runs.
+    """
+    metrics = Metrics()
+    chat = Chat(generator, frozenset(models), route, limits or Limits(), metrics, version("edgewise"))
+    health = Health(ready)
+    shelf = Shelf(models)
+    app = Starlette(
+        routes=[
+            Path("/v1/chat/completions", chat, methods=["POST"]),
+            Path("/v1/models", shelf.list, methods=["GET"]),
+            Path("/v1/models/{name:path}", shelf.show, methods=["GET"]),
+            Path("/livez", health.live, methods=["GET"]),
+            Path("/readyz", health.ready, methods=["GET"]),
+            Path("/metrics", metrics.show, methods=["GET"]),
+        ],
+        middleware=[Middleware(BearerKey, key=key)] if key else [],
+        exception_handlers={HTTPException: answer_error, UnknownModel: answer_error, Exception: answer_error},
+        lifespan=_closing(generator),
+    )
+    app.router.redirect_slashes = False  # a POST would lose its way, and the answer would not be JSON
+    return app
+
+
+def _closing(generator: Generator) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await generator.close()
+
+    return lifespan
+
+
+class Shelf:
+    """The models by name, in the order given; a name may hold `/` and `:`."""
+
+    def __init__(self, models: Sequence[str]) -> None:
+        self._models = tuple(dict.fromkeys(models))
+
+    async def list(self, request: Request) -> Response:
+        return Response(encode_models(self._models), media_type="application/json")
+
+    async def show(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._models:
+            raise UnknownModel(f"there is no model {name[:100]!r} here", param="model", hint="see /v1/models")
+        return Response(encode_model(name), media_type="application/json")
+
+
+class Health:
+    """/livez: the process answers. /readyz: requests will be served."""
+
+    def __init__(self, ready: Callable[[], Awaitable[bool]] | None) -> None:
+        self._ready = ready
+
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        if self._ready is None or await self._asked(self._ready):
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready"}, 503)
+
+    async def _asked(self, ready: Callable[[], Awaitable[bool]]) -> bool:
+        try:
+            return await ready()
+        except Exception as e:  # whatever it is that fails, the server is not ready
+            log.warning("not ready: %s", type(e).__qualname__)
+            return False
+
+
+class BearerKey:
+    """Lets nobody in without the key. The comparison takes as long for a wrong key as for the right one."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(Headers(scope=scope)):
+            refusal = HTTPException(401, "the key is missing or wrong", {"www-authenticate": "Bearer"})
+            await failure_of(refusal).response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _knows(self, headers: Headers) -> bool:
+        return hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), self._expected)

@@ -1,0 +1,120 @@
+"""Listen, say where, and end well."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from edgewise.errors import ConfigError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(
+    app: ASGIApp, host: str = "127.0.0.1", port: int = 0, *, drain_s: float = 30.0, json_logs: bool = False
+) -> None:
+    """Serve until SIGTERM or SIGINT; port 0 takes any free one.
+
+    Once connections are taken, `{"url": …}` is printed as one line on stdout; logs go to stderr. A signal stops the
+    listening, answers under way get `drain_s` to end, and a second signal ends them at once. After SIGTERM it returns,
+    after SIGINT it raises KeyboardInterrupt. ConfigError if the address cannot be had.
+    """
+    log_to_stderr(as_json=json_logs)
+    listener = listen(host, port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+    )
+    server = Server(config, url_of(host, listener))
+    with listener:
+        server.run(sockets=[listener])
+    if server.caught == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says where it listens and does not die of the signal that ended it."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self.url = url
+        self.caught: int | None = None  # the first signal
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(json.dumps({"url": self.url}), flush=True)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self.caught = self.caught or sig
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at the first address that `host` means."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except (OSError, OverflowError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}", hint="choose another --host or --port; 0 is any free port"
+        ) from e
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """An address under which this machine reaches the listener."""
+    wildcards = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+    name = wildcards.get(host, host)
+    return f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
+
+
+def log_to_stderr(*, as_json: bool) -> None:
+    """Unless somebody has set up logging already."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request to the cloud
+
+
+class JsonLines(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["stack"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

@@ -1,0 +1,193 @@
+"""Bundles and the store: what is damaged is refused by name, and a failed pull leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.errors import (
+    BundleError,
+    EdgewiseError,
+    HashMismatch,
+    LicenceError,
+    SourceError,
+    UnknownModel,
+    UsageError,
+)
+from edgewise.models.bundle import MANIFEST, Bundle
+from edgewise.models.source import pull
+from edgewise.models.store import find, list_bundles, remove
+from tiny import save_gguf, save_hf, tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gguf(tiny("llama"), tmp_path_factory.mktemp("source") / "tiny.gguf", gguf.GGMLQuantizationType.Q4_1)
+
+
+@pytest.fixture
+def bundle(source: Path, tmp_path: Path) -> Bundle:
+    return pull(str(source), home=tmp_path)
+
+
+def edit(bundle: Bundle, **changes: object) -> None:
+    file = bundle.path / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_bundle_opens_as_it_was_written(bundle: Bundle) -> None:
+    again = Bundle.open(bundle.path)
+    assert again == bundle
+    on_disk = {p.relative_to(bundle.path).as_posix() for p in bundle.path.rglob("*") if p.is_file()}
+    assert on_disk == set(bundle.manifest.files) | {MANIFEST}
+    assert "tokenizer.json" in on_disk
+    assert bundle.bytes == sum((bundle.path / f).stat().st_size for f in bundle.manifest.files)
+
+
+def test_every_changed_file_is_caught(bundle: Bundle) -> None:
+    for relative in bundle.manifest.files:
+        file = bundle.path / relative
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(HashMismatch, match=r"SHA-256.*pull the model again"):
+            Bundle.open(bundle.path)
+        file.write_bytes(data[:-1])
+        with pytest.raises(HashMismatch, match="bytes, the manifest says"):
+            Bundle.open(bundle.path, check=False)
+        file.unlink()
+        with pytest.raises(BundleError, match="missing"):
+            Bundle.open(bundle.path)
+        file.write_bytes(data)
+    Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "blocks/../../outside", "a\\b", MANIFEST])
+def test_paths_stay_inside(bundle: Bundle, path: str) -> None:
+    (bundle.path.parent / "outside").write_text("x")
+    files = msgspec.to_builtins(bundle.manifest.files)
+    edit(bundle, files=files | {path: {"bytes": 1, "sha256": "0"}})
+    with pytest.raises(BundleError, match="may not leave"):
+        Bundle.open(bundle.path)
+
+
+def test_links_are_not_followed(bundle: Bundle) -> None:
+    file = bundle.path / "tokenizer.json"
+    elsewhere = bundle.path.parent / "elsewhere.json"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    with pytest.raises(BundleError, match="not a plain file"):
+        Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_formats_are_named(bundle: Bundle, version: object) -> None:
+    edit(bundle, format=version, a_key_of_tomorrow=1)
+    with pytest.raises(BundleError, match=r"format .*; this version reads 1"):
+        Bundle.open(bundle.path)
+
+
+def test_unknown_keys_are_refused(bundle: Bundle) -> None:
+    edit(bundle, shiny=True)
+    with pytest.raises(BundleError, match="shiny"):
+        Bundle.open(bundle.path)
+
+
+def test_gaps_between_blocks_are_refused(bundle: Bundle) -> None:
+    graphs = msgspec.to_builtins(bundle.manifest.graphs)
+    graphs["blocks"][0]["last"] -= 1
+    edit(bundle, graphs=graphs)
+    with pytest.raises(BundleError, match="each once, in order"):
+        Bundle.open(bundle.path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_manifest_makes_another_error(bundle: Bundle, data: st.DataObject) -> None:
+    """Random damage to the manifest: it is refused as a BundleError, or harmless."""
+    original = (bundle.path / MANIFEST).read_bytes()
+    at = data.draw(st.integers(0, len(original) - 1))
+    damage = data.draw(st.binary(min_size=0, max_size=6))
+    try:
+        (bundle.path / MANIFEST).write_bytes(original[:at] + damage + original[at + data.draw(st.integers(0, 6)) :])
+        Bundle.open(bundle.path, check=False)
+    except BundleError:
+        pass
+    finally:
+        (bundle.path / MANIFEST).write_bytes(original)
+
+
+async def test_a_graph_that_the_runtime_cannot_load(bundle: Bundle) -> None:
+    (bundle.path / bundle.manifest.graphs.head).write_bytes(b"not a graph" * 40)
+    with pytest.raises(BundleError, match=r"cannot load blocks/head\.onnx"):
+        OnnxLM(bundle)  # a Bundle opened before the damage: its hashes are not looked at again
+
+
+def test_store_finds_lists_and_removes(bundle: Bundle, tmp_path: Path) -> None:
+    assert list_bundles(tmp_path) == [bundle]
+    assert find("tiny", tmp_path) == find(str(bundle.path), tmp_path) == bundle
+    with pytest.raises(UnknownModel, match=r"no bundle 'absent'; here: tiny"):
+        find("absent", tmp_path)
+    remove("tiny", tmp_path)
+    assert list_bundles(tmp_path) == []
+    assert not list((tmp_path / "bundles").iterdir())
+    with pytest.raises(UnknownModel):
+        remove("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../bundles/tiny", ".hidden"])
+def test_only_names_of_the_store_are_removed(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    with pytest.raises(EdgewiseError):
+        remove(name, tmp_path)
+    assert bundle.path.is_dir()
+
+
+def test_pull_replaces_a_bundle_of_the_same_name(bundle: Bundle, source: Path, tmp_path: Path) -> None:
+    again = pull(str(source), home=tmp_path, name=bundle.name, requantize="int8")
+    assert again.path == bundle.path
+    assert [b.manifest.quantization["weights"] for b in list_bundles(tmp_path)] == ["int8"]
+    assert [p.name for p in (tmp_path / "bundles").iterdir()] == ["tiny"]
+
+
+def test_truncated_gguf(source: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(source.read_bytes()[:-100])
+    with pytest.raises(SourceError, match=r"cut\.gguf"):
+        pull(str(cut), home=tmp_path)
+    assert not list((tmp_path / "bundles").glob("*"))
+
+
+@pytest.mark.parametrize("data", [b"", b"GG", b"PK\x03\x04", b"<html>no model here</html>"])
+def test_a_file_that_is_no_model(data: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    file.write_bytes(data)
+    with pytest.raises(SourceError, match=r"no model that we know.*\.gguf file"):
+        pull(str(file), home=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["./absent.gguf", "absent", "a/b/c", ""])
+def test_a_source_that_is_nowhere(source: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"smollm2-135m"):
+        pull(source, home=tmp_path)
+
+
+def test_a_bad_name_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no bundle name"):
+        pull(str(source), home=tmp_path, name="../up")
+
+
+def test_terms_must_be_accepted(tmp_path: Path) -> None:
+    directory = save_hf(tiny("llama"), tmp_path / "hf")
+    (directory / "README.md").write_text("---\nlanguage: en\nlicense: llama3\n---\n")
+    (directory / "LICENSE").write_text("terms")
+    with pytest.raises(LicenceError, match=r"llama3.*--accept-licence"):
+        pull(str(directory), home=tmp_path)
+    bundle = pull(str(directory), home=tmp_path, accept_licence=True)
+    assert bundle.manifest.licence == {"id": "llama3", "accepted": True}
+    assert (bundle.path / "LICENSE").read_text() == "terms"
