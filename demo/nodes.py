@@ -17,6 +17,7 @@ from prompts import DemoError
 
 DEMO = Path(__file__).resolve().parent
 HOME = DEMO.parent / ".cache" / "edgewise"  # kept, so that the second run is quick
+LOGS = DEMO / "logs"
 CLOUD_MODEL, EDGE_MODEL = "smollm2-135m", "smollm2-135m-int4"
 START_S, STOP_S = 120, 5
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -51,8 +52,8 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def node(name: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A tier as a process of its own: (process, url) once it is ready. However the block ends, the process ends with it."""
-    log = DEMO / "logs" / f"{name}.log"
+    """A tier as a process of its own: (process, url) once it is ready. The process ends with the block."""
+    log = LOGS / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -79,7 +80,8 @@ def _url(name: str, process: subprocess.Popen[str], log: Path) -> str:
     try:
         return str(json.loads(line)["url"])
     except (json.JSONDecodeError, KeyError) as e:
-        raise DemoError(f"the {name} node did not start within {START_S} s: {_last_line(log) or line!r}") from e
+        reason = _last_line(log) or f"its first line is {line!r}"
+        raise DemoError(f"the {name} node did not start ({START_S} s are allowed): {reason}") from e
 
 
 def _last_line(log: Path) -> str:

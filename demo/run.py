@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from nodes import CLOUD_MODEL, DEMO, EDGE_MODEL, node, pull_bundles
+from nodes import CLOUD_MODEL, DEMO, EDGE_MODEL, LOGS, node, pull_bundles
 from openai import OpenAI, OpenAIError
 from prompts import DemoError, Prompt, read_prompts
 from screen import Screen
@@ -162,7 +162,7 @@ def conclude(answers: list[Answer], killed_after: int) -> int:
     unseen = [route for route, count in counts.items() if count == 0]
     for trouble, names in (("not answered", failed), ("routes not seen", unseen)):
         if names:
-            print(f"demo: {trouble}: {', '.join(names)}; see {DEMO / 'logs'}", file=sys.stderr)
+            print(f"demo: {trouble}: {', '.join(names)}; see {LOGS}", file=sys.stderr)
     return 1 if failed or unseen else 0
 
 

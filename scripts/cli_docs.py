@@ -40,7 +40,8 @@ def page() -> str:
 
 def _helps(path: str, command: Any, parent: Any = None) -> Iterator[tuple[str, str]]:
     """The help of a command and of all below it."""
-    context = command.context_class(command, info_name=path.split()[-1], parent=parent, terminal_width=WIDTH)
+    settings = command.context_settings | {"info_name": path.split()[-1], "parent": parent, "terminal_width": WIDTH}
+    context = command.context_class(command, **settings)
     yield path, command.get_help(context).rstrip()
     for name, below in getattr(command, "commands", {}).items():
         yield from _helps(f"{path} {name}", below, context)

@@ -196,6 +196,7 @@ def _leaves_of(item: Field[Any], prefix: str) -> Iterator[Leaf]:
 
 
 LEAVES: Mapping[str, Leaf] = {leaf.key: leaf for leaf in _leaves(Settings)}
+TABLES = {key.partition(".")[0] for key in LEAVES if "." in key}
 BY_FLAG: Mapping[str, Leaf] = {flag: leaf for leaf in LEAVES.values() for flag in leaf.flags}
 
 
@@ -295,8 +296,8 @@ def _parsed(file: Path) -> dict[str, Any]:
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in table.items():
-        if isinstance(value, dict) and prefix + name not in LEAVES:
-            yield from _flat(value, f"{prefix}{name}.") if value else [(prefix + name, value)]
+        if isinstance(value, dict) and (value or name in TABLES) and prefix + name not in LEAVES:
+            yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

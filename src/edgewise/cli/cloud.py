@@ -23,4 +23,4 @@ def cloud(
 
     from edgewise.cli.tiers import listen, open_model
 
-    listen(open_model(settings), settings.serve, route="cloud", models=("auto", "cloud"))
+    listen(settings, open_model, route="cloud", wishes=("cloud",))

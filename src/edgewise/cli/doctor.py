@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ import typer
 
 from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Json
 from edgewise.cli.output import columns, note, result
-from edgewise.errors import EdgewiseError, UsageError
+from edgewise.errors import EdgewiseError, RemoteError, UsageError
 from edgewise.settings import load, secret
 
 if TYPE_CHECKING:
@@ -147,18 +148,19 @@ def _port(host: str, port: int) -> Check:
 
 
 def _cloud(url: str, key: str | None) -> Check:
-    import httpx2
+    from edgewise.engines.openai import OpenAI
 
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async def models() -> list[str]:
+        tier = OpenAI(url, key=key)
+        try:
+            return await tier.probe(timeout_s=CLOUD_TIMEOUT_S)
+        finally:
+            await tier.close()
+
     try:
-        answer = httpx2.get(models_url(url), headers=headers, timeout=CLOUD_TIMEOUT_S)
-    except httpx2.HTTPError as e:
-        return Check("cloud", "failed", f"{url} cannot be reached: {e}", hint="check the address and the network")
-    if answer.status_code >= 400:
-        return Check(
-            "cloud", "failed", f"{url} answers {answer.status_code}", hint="check the address and --cloud-key-env"
-        )
-    return Check("cloud", "ok", f"{url} answers")
+        return Check("cloud", "ok", f"{url} has {', '.join(asyncio.run(models())) or 'no models'}")
+    except RemoteError as e:
+        return Check("cloud", "failed", e.message, e.hint or "check the address, the network and --cloud-key-env")
 
 
 def _install(target: str, *, as_json: bool) -> None:

@@ -50,4 +50,4 @@ def serve(
 
     from edgewise.cli.tiers import listen, open_cascade
 
-    listen(open_cascade(settings), settings.serve, route="edge", models=("auto", "edge", "cloud"))
+    listen(settings, open_cascade, route="edge", wishes=("edge", "cloud"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgewise.cli.output import note, progress
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from edgewise.joint.cascade import Cascade
     from edgewise.joint.policy import Policy
     from edgewise.settings import RouteSettings, Settings
+    from edgewise.types import Route
 
 
 def open_model(settings: Settings) -> Generator:
@@ -38,6 +41,28 @@ def open_cascade(settings: Settings) -> Cascade:
     url = settings.cloud.url
     cloud = None if url is None else OpenAI(url, model=settings.cloud.model, key=key)
     return Cascade(open_model(settings), cloud, policy)
+
+
+def listen(
+    settings: Settings, open_it: Callable[[Settings], Generator], *, route: Route, wishes: tuple[str, ...]
+) -> None:
+    """Serve the generator that `open_it` makes until a signal comes. `wishes` are model names that ask for a tier."""
+    from edgewise.serve.app import create_app
+    from edgewise.serve.run import run
+
+    key = secret(settings.serve.key_env, "--key-env")  # before the model is loaded: that takes a while
+    if key is None and not _is_loopback(settings.serve.host):
+        note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
+    generator = open_it(settings)
+    app = create_app(generator, models=("auto", *wishes, generator.name), route=route, key=key)
+    run(app, settings.serve.host, settings.serve.port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _policy(route: RouteSettings) -> Policy:

@@ -1,15 +1,19 @@
-"""What every engine does around an answer: check the request, turn bytes into text, keep the time."""
+"""What every engine does around an answer: check the request, turn bytes into text, keep the time, cross threads."""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import math
 import time
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from edgewise.engines.base import Capabilities
 from edgewise.errors import DeadlineExceeded, RequestError
 from edgewise.types import Request, Timings
+
+T = TypeVar("T")
 
 
 def check_request(request: Request, can: Capabilities) -> None:
@@ -122,10 +126,13 @@ class Stopwatch:
     def check(self) -> None:
         """DeadlineExceeded if the time is up."""
         if self.remaining_s() <= 0:
-            raise DeadlineExceeded(
-                f"the request's deadline of {self._deadline_ms:g} ms passed after {self._tokens} tokens",
-                hint="allow more time or fewer tokens",
-            )
+            raise self.exceeded()
+
+    def exceeded(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"the request's deadline of {self._deadline_ms} ms passed after {self._tokens} tokens",
+            hint="allow more time or fewer tokens",
+        )
 
     def timings(self) -> Timings:
         now = time.monotonic()
@@ -136,3 +143,32 @@ class Stopwatch:
             total_ms=(now - self._started) * 1000,
             decode_tok_s=(self._tokens - 1) / span if span > 0 else None,
         )
+
+
+class Inbox(Generic[T]):
+    """What a worker thread makes, read on the event loop on which this was built. The deadline ends the reading even if
+    the worker is stuck."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.left = False  # nobody reads any more; the worker may stop
+        self._items: asyncio.Queue[T | Exception] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
+        if (remaining_s := watch.remaining_s()) < math.inf:
+            self._timer = self.loop.call_later(max(0.0, remaining_s), lambda: self.put(watch.exceeded()))
+
+    def put(self, item: T | Exception) -> None:
+        """On the loop; another thread sends it there with `loop.call_soon_threadsafe`."""
+        self._items.put_nowait(item)
+
+    async def next(self) -> T:
+        """The next item; an exception among them is raised."""
+        item = await self._items.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def leave(self) -> None:
+        self.left = True
+        if self._timer is not None:
+            self._timer.cancel()

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.types import Chunk, FloatArray, IdArray, Request
+from edgewise.types import Chunk, FloatArray, IdArray, Message, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def chat(self, messages: Sequence[object]) -> list[int]: ...
+    def chat(self, messages: Sequence[Message]) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...

@@ -1,8 +1,8 @@
 """A Generator over any TokenModel: sampling, stops, log-probs, interleaving and prefix reuse live here, once.
 
-One thread per loaded model, the step thread, runs an event loop of its own with one scheduler in it. A local model blocks
-inside `forward`, a remote one awaits there; the scheduler does not care. Requests come in through a lock; what a
-step produced goes back in one call per waiting event loop.
+One thread per loaded model, the step thread, runs an event loop of its own with one scheduler in it. A local model
+blocks inside `forward`, a remote one awaits there; the scheduler does not care. Requests come in through a lock; what
+a step produced goes back in one call per waiting event loop.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgewise.engines.answer import Stopwatch, TextStream, check_request
-from edgewise.engines.base import Capabilities, Row, TokenModel, Tokenizer
+from edgewise.engines.answer import Inbox, Stopwatch, TextStream, check_request
+from edgewise.engines.base import Capabilities, Row, Tokenizer, TokenModel
 from edgewise.engines.sampling import Choice, Sampler
 from edgewise.errors import ContextFull, EdgewiseError, EngineClosed, EngineError, Overloaded, RequestError
 from edgewise.types import Candidate, Chunk, FinishReason, FloatArray, IdArray, Request, Token, Usage
@@ -69,17 +70,15 @@ class Decoder:
         check_request(request, self.can)
         self._scheduler.check_room()
         job = _Job(request, await asyncio.to_thread(self._prompt, request), watch)
-        timer = None
-        if request.deadline_ms is not None:
-            timer = job.loop.call_later(max(0.0, watch.remaining_s()), job.expire)
         try:
             self._scheduler.submit(job)
-            async for chunk in job.chunks():
+            while True:
+                chunk = await job.inbox.next()
                 yield chunk
+                if chunk.finish_reason is not None:
+                    return
         finally:
-            job.left = True
-            if timer is not None:
-                timer.cancel()
+            job.inbox.leave()
 
     def _prompt(self, request: Request) -> IdArray:
         ids = self._tokenizer.chat(request.messages) if request.prompt_ids is None else request.prompt_ids
@@ -98,22 +97,12 @@ class _Job:
 
     def __init__(self, request: Request, prompt: IdArray, watch: Stopwatch) -> None:
         self.request, self.prompt, self.watch = request, prompt, watch
-        self.loop = asyncio.get_running_loop()
-        self.left = False  # nobody reads it any more; the scheduler drops it before its next step
-        self.inbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        self.inbox: Inbox[Chunk] = Inbox(watch)
 
-    async def chunks(self) -> AsyncIterator[Chunk]:
-        while True:
-            item = await self.inbox.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            if item.finish_reason is not None:
-                return
-
-    def expire(self) -> None:
-        self.left = True
-        self.inbox.put_nowait(self.watch.exceeded())
+    @property
+    def left(self) -> bool:
+        """Nobody reads it any more: the scheduler drops it before its next step."""
+        return self.inbox.left
 
 
 class _Slot:
@@ -194,8 +183,8 @@ class _Task:
 
 
 class _Scheduler:
-    """Owns the model and the step thread. `submit`, `check_room` and `stop` are for other threads; everything that begins
-    with an underscore runs in the step thread."""
+    """Owns the model and the step thread. `submit`, `check_room` and `stop` are for other threads; the rest runs in the
+    step thread."""
 
     def __init__(self, model: TokenModel, tokenizer: Tokenizer, name: str, options: DecodeOptions) -> None:
         self._model, self._tokenizer, self._name, self._options = model, tokenizer, name, options
@@ -205,7 +194,7 @@ class _Scheduler:
         self._active: list[_Task] = []
         self._idle: list[_Slot] = []  # the least recently used first
         self._opened = 0
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Chunk | Exception]]] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Inbox[Chunk], Chunk | Exception]]] = {}
         self._sleeping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=f"step {name}", daemon=True)
@@ -213,6 +202,10 @@ class _Scheduler:
 
     def check_room(self) -> None:
         """EngineClosed or Overloaded if a request that came now would be refused."""
+        with self._lock:
+            self._check_room()
+
+    def _check_room(self) -> None:
         if self._stopping:
             raise EngineClosed(f"{self._name} was closed", hint="open the model again")
         running = sum(not task.job.left for task in self._active)
@@ -225,7 +218,7 @@ class _Scheduler:
 
     def submit(self, job: _Job) -> None:
         with self._lock:
-            self.check_room()
+            self._check_room()
             self._waiting.append(job)
         if self._sleeping:
             self._call(self._wake.set)
@@ -238,3 +231,145 @@ class _Scheduler:
             self._call(self._work.cancel)
         if threading.current_thread() is not self._thread:  # the garbage collector may run this in any thread
             self._thread.join(timeout_s)
+
+    def _call(self, function: Callable[[], object]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # its loop is closed: the thread has ended and there is nothing to wake
+            self._loop.call_soon_threadsafe(function)
+
+    async def _main(self) -> None:
+        self._wake = asyncio.Event()
+        self._work = asyncio.ensure_future(self._run())
+        self._loop = asyncio.get_running_loop()  # from here on the other threads call
+        reason = EngineClosed(f"{self._name} was closed", hint="open the model again")
+        try:
+            await self._work
+        except asyncio.CancelledError:
+            pass  # by stop(), which does not wait for a remote model's answer
+        except Exception as bug:  # our own; no reader may wait for ever because of it
+            reason.__cause__ = bug
+        self._end_all(reason)
+        await self._model.shutdown()
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            self._drop_left()
+            await self._admit()
+            if self._active:
+                await self._step()
+                self._post()
+            else:
+                await self._sleep()
+
+    async def _sleep(self) -> None:
+        """Until `submit` or `stop` wakes us. They act and then look at `_sleeping`; we do it the other way round, so
+        nothing slips through between."""
+        self._wake.clear()
+        self._sleeping = True
+        if not self._waiting and not self._stopping:
+            await self._wake.wait()
+        self._sleeping = False
+
+    def _drop_left(self) -> None:
+        for task in [task for task in self._active if task.job.left]:
+            self._retire(task)
+        with self._lock:
+            self._waiting = deque(job for job in self._waiting if not job.left)
+
+    async def _admit(self) -> None:
+        while self._waiting and len(self._active) < self._model.slots:
+            job = self._waiting[0]
+            try:
+                slot = await self._slot_for(job.prompt)
+                self._active.append(_Task(job, slot, self._tokenizer, self._name, self._model.context))
+            except Exception as error:
+                self._end(job, error)
+            with self._lock:
+                self._waiting.popleft()  # only now, so that it is found and ended if we are stopped while we wait above
+
+    async def _slot_for(self, prompt: IdArray) -> _Slot:
+        """A slot that holds some beginning of the prompt and nothing else. An idle one is taken over if that saves half
+        of the prompt or if no other can be opened: the one with the most in common, else the least recently used."""
+        slot = max(self._idle, key=lambda slot: slot.common(prompt), default=None)
+        full = len(self._idle) + len(self._active) >= self._model.slots
+        if slot is None or not (full or slot.common(prompt) * 2 >= len(prompt)):
+            self._opened += 1
+            slot = _Slot(f"{self._name}/{self._opened}", self._model.context)
+            await self._model.open(slot.session, self._model.context)
+            return slot
+        self._idle.remove(slot)
+        slot.length = slot.common(prompt)  # the model rewinds with the first row
+        return slot
+
+    async def _step(self) -> None:
+        tasks = [task for task in self._active if not task.filling]
+        filling = next((task for task in self._active if task.filling), None)
+        if filling is not None:
+            tasks.append(filling)
+            self._active.remove(filling)  # to the end: prompts are filled in turn
+            self._active.append(filling)
+        rows = [task.row(self._options.prefill_chunk) for task in tasks]
+        try:
+            results = await self._model.forward(rows)
+        except Exception as error:
+            for task in tasks:
+                await self._fail(task, error)
+            return
+        for task, row, logits in zip(tasks, rows, results, strict=True):
+            await self._advance(task, row, logits)
+
+    async def _advance(self, task: _Task, row: Row, logits: FloatArray) -> None:
+        try:
+            chunk = task.advance(row, logits)
+        except Exception as error:
+            await self._fail(task, error)
+            return
+        if chunk is not None:
+            self._give(task.job, chunk)
+            if chunk.finish_reason is not None:
+                self._retire(task)
+
+    def _retire(self, task: _Task) -> None:
+        self._active.remove(task)
+        self._idle.append(task.slot)
+
+    async def _fail(self, task: _Task, error: Exception) -> None:
+        """End the task with the error. Its KV is not trusted any more, so the session goes too."""
+        self._active.remove(task)
+        self._end(task.job, error)
+        with suppress(Exception):  # the caller gets the error that came first
+            await self._model.close(task.slot.session)
+
+    def _end_all(self, reason: EngineClosed) -> None:
+        with self._lock:
+            self._stopping = True
+            jobs = [task.job for task in self._active] + list(self._waiting)
+            self._active, self._waiting = [], deque()
+        for job in jobs:
+            self._end(job, reason)
+        self._post()
+
+    def _end(self, job: _Job, error: Exception) -> None:
+        if not isinstance(error, EdgewiseError):
+            cause = error
+            error = EngineError(f"{self._name} failed: {type(cause).__name__}: {cause}", hint="other requests go on")
+            error.__cause__ = cause
+        self._give(job, error)
+
+    def _give(self, job: _Job, item: Chunk | Exception) -> None:
+        self._outbox.setdefault(job.inbox.loop, []).append((job.inbox, item))
+
+    def _post(self) -> None:
+        """Hand over what the step produced: one call per event loop, however many tokens."""
+        for loop, items in self._outbox.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, items)
+            except RuntimeError:  # that loop was closed, and its readers with it
+                for inbox, _ in items:
+                    inbox.left = True
+        self._outbox.clear()
+
+
+def _deliver(items: list[tuple[Inbox[Chunk], Chunk | Exception]]) -> None:
+    for inbox, item in items:
+        inbox.put(item)

@@ -67,8 +67,13 @@ class FakeGenerator:
         self.given = self.finished = self.cancelled = self.active = 0
         self.closed = False
 
-    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
-        watch = Stopwatch(request.deadline_ms)
+    def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        return self._answer(request, Stopwatch(request.deadline_ms))
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def _answer(self, request: Request, watch: Stopwatch) -> AsyncIterator[Chunk]:
         prompt_tokens = self._admit(request)
         script = self._script(request)
         self.requests.append(request)
@@ -101,9 +106,6 @@ class FakeGenerator:
             raise
         finally:
             self.active -= 1
-
-    async def close(self) -> None:
-        self.closed = True
 
     def _admit(self, request: Request) -> int:
         """The prompt's length in tokens, once it is clear that the request can be served."""
@@ -159,8 +161,8 @@ class FakeTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def chat(self, messages: Sequence[object]) -> list[int]:
-        turns = [f"{m.role}: {m.content}\n" for m in messages if isinstance(m, Message)]
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        turns = [f"{message.role}: {message.content}\n" for message in messages]
         return self.encode("".join(turns) + "assistant: ")
 
     def token_bytes(self, token_id: int) -> bytes:

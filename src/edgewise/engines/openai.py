@@ -208,7 +208,8 @@ class OpenAI:
         except VENDOR_ERRORS as e:
             ours, text = next((ours, text) for vendor, ours, text in ERRORS if isinstance(e, vendor))
             what = text.format(connect=self._timeout.connect, read=self._timeout.read)
-            raise ours(f"{self.url}: {what} ({type(e).__name__})", hint="check that it runs there") from e
+            hint = "check that a server runs there" if ours is Unreachable else None
+            raise ours(f"{self.url}: {what} ({type(e).__name__})", hint=hint) from e
 
     def _clean(self, text: str) -> str:
         """A remote text in one bounded line, without our key should it be repeated there."""
@@ -282,18 +283,18 @@ async def _events(response: httpx2.Response, watch: Stopwatch, answer: _Answer) 
             f"the answer is compressed ({response.headers['content-encoding']}), which was not asked for"
         )
     decoder = sse.Decoder()
-    pieces = response.aiter_raw()
     left = ANSWER_LIMIT
-    while True:
-        async with _until(watch, answer.patience_s):
-            piece = await anext(pieces, None)
-        if piece is None:
-            break
-        left -= len(piece)
-        if left < 0:
-            raise RemoteBroken(f"the answer is longer than {ANSWER_LIMIT} bytes")
-        for event in decoder.feed(piece):
-            yield event
+    async with aclosing(response.aiter_raw()) as pieces:
+        while True:
+            async with _until(watch, answer.patience_s):
+                piece = await anext(pieces, None)
+            if piece is None:
+                break
+            left -= len(piece)
+            if left < 0:
+                raise RemoteBroken(f"the answer is longer than {ANSWER_LIMIT} bytes")
+            for event in decoder.feed(piece):
+                yield event
     for event in decoder.end():
         yield event
 

@@ -1,5 +1,5 @@
 """From logits to the next token, with numpy alone. Made for vocabularies of 50k and more at every step: greedy costs an
-argmax and one logsumexp, and nothing here sorts a whole vocabulary unless its distribution is all but flat."""
+argmax and one logsumexp, and top_p sorts the whole vocabulary only where the distribution is all but flat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from edgewise.errors import EngineError
 from edgewise.types import FloatArray, Sampling
 
-_NUCLEUS_GUESSES = (512, 8192)  # candidates sorted at first; each guess costs one partition of the vocabulary
+_NUCLEUS_GUESS = 1024  # ids that are sorted at first; only if they do not reach top_p is it the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +79,22 @@ class Sampler:
 
 def top_p_set(mass: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.intp]:
     """The fewest ids whose mass reaches `top_p` of the whole, ascending. Among equals the lower id is taken."""
-    goal = top_p * mass.sum()
-    for guess in (*(g for g in _NUCLEUS_GUESSES if g < len(mass)), len(mass)):
-        heavy = np.sort(np.partition(mass, -guess)[-guess:] if guess < len(mass) else mass)[::-1]
-        reached = heavy.cumsum()
-        if reached[-1] >= goal:
-            break
+    single = mass.astype(np.float32)  # sorts several times faster, and decides no more than the last few ids
+    goal = top_p * single.sum(dtype=np.float64)
+    heavy, reached = _heaviest(single, _NUCLEUS_GUESS)
+    if reached[-1] < goal:
+        heavy, reached = _heaviest(single, len(single))
     count = min(int(reached.searchsorted(goal)) + 1, len(heavy))
     lightest = heavy[count - 1]
-    ids = np.flatnonzero(mass >= lightest)
+    ids = np.flatnonzero(single >= lightest)
     surplus = len(ids) - count
-    return np.delete(ids, np.flatnonzero(mass[ids] == lightest)[-surplus:]) if surplus else ids
+    return np.delete(ids, np.flatnonzero(single[ids] == lightest)[-surplus:]) if surplus else ids
+
+
+def _heaviest(mass: FloatArray, count: int) -> tuple[FloatArray, npt.NDArray[np.float64]]:
+    """The `count` largest masses, largest first, and their running sum."""
+    heavy = np.sort(np.partition(mass, -count)[-count:] if count < len(mass) else mass)[::-1]
+    return heavy, heavy.astype(np.float64).cumsum()
 
 
 def _pick(mass: npt.NDArray[np.float64], point: float) -> int:

@@ -78,12 +78,12 @@ class Cascade:
         async with aclosing(self._core.run(self._case(request, arrived))) as pairs:
             try:
                 async for chunk, made in pairs:
-                    ends = decision is None or chunk.finish_reason is not None
+                    ends = decision is None or _is_last(chunk)
                     decision = made
                     yield replace(chunk, decision=made) if ends else chunk
                     sent += len(chunk.text)
             except Exception as error:
-                if decision is None or decision.route != "cloud" or isinstance(error, DeadlineExceeded):
+                if decision is None or decision.route != "cloud":
                     raise
                 raise _cut_short(error, sent) from error
 
@@ -94,7 +94,8 @@ class Cascade:
             cloud=None if self._cloud is None else partial(self._ask_cloud, self._cloud, request),
             judge=self._judge,
             enough=self._enough,
-            speaks=lambda chunk: bool(chunk.text) or chunk.finish_reason is not None,
+            speaks=lambda chunk: bool(chunk.text) or _is_last(chunk),
+            ends=_is_last,
             stream=request.stream,
             wish=request.route,
             deadline=None if deadline_ms is None else arrived + deadline_ms / 1000,
@@ -161,6 +162,7 @@ class PredictorCascade:
                 judge=self._judge,
                 enough=bool,
                 speaks=lambda _: True,
+                ends=lambda _: True,
                 stream=False,
                 wish=wish,
                 deadline=None if deadline_ms is None else now + deadline_ms / 1000,
@@ -179,17 +181,18 @@ class PredictorCascade:
         return verdict(self.policy, read, self.policy.whole.threshold)
 
 
+def _is_last(chunk: Chunk) -> bool:
+    return chunk.finish_reason is not None
+
+
 async def _whole(chunks: AsyncIterator[Chunk], broken: EdgewiseError) -> AsyncGenerator[Chunk]:
-    """The chunks up to the last one; `broken` if there is no last one."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
+    """The chunks; `broken` if they end without a last one."""
+    ended = False
+    async for chunk in chunks:
+        ended = ended or _is_last(chunk)
+        yield chunk
+    if not ended:
         raise broken
-    finally:
-        if isinstance(chunks, AsyncGenerator):
-            await chunks.aclose()
 
 
 async def _once(predictor: Predictor, inputs: Tensors) -> AsyncGenerator[Tensors]:
@@ -197,7 +200,8 @@ async def _once(predictor: Predictor, inputs: Tensors) -> AsyncGenerator[Tensors
 
 
 def _cut_short(error: Exception, sent: int) -> RemoteError:
-    kind = next((kind for kind in (Unreachable, RemoteTimeout) if isinstance(error, kind)), RemoteBroken)
+    late = isinstance(error, TimeoutError | RemoteTimeout | DeadlineExceeded)
+    kind = RemoteTimeout if late else Unreachable if isinstance(error, Unreachable) else RemoteBroken
     return kind(
         f"the cloud broke off after {sent} characters of its answer were sent: {error}",
         hint="what was sent stands; ask again for the whole answer",

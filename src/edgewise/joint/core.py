@@ -79,6 +79,7 @@ class Case(Generic[T]):
     judge: Callable[[Sequence[T], bool], Verdict]  # of these items, which are the whole answer or its beginning
     enough: Callable[[Sequence[T]], bool]  # whether these items of the edge suffice for an early decision
     speaks: Callable[[T], bool]  # whether an item shows the caller anything
+    ends: Callable[[T], bool]  # whether an item is a tier's last
     stream: bool  # decide early, and hand items on as they come
     wish: Wish
     deadline: float | None
@@ -101,10 +102,12 @@ class Late(Exception):
 
 
 class Feed(Generic[T]):
-    """Reads one tier to its end, whether or not anyone waits. At most one waiter."""
+    """Reads one tier to its end, whether or not anyone waits. At most one waiter. What comes after the last item, and
+    how long the tier takes to end then, is nobody's concern."""
 
-    def __init__(self, stream: AsyncIterator[T]) -> None:
+    def __init__(self, stream: AsyncIterator[T], ends: Callable[[T], bool]) -> None:
         self.items: list[T] = []
+        self._ends = ends
         self.done = False
         self.error: Exception | None = None
         self.moved_at = asyncio.get_running_loop().time()  # when it was opened or last gave an item
@@ -143,17 +146,23 @@ class Feed(Generic[T]):
     async def _read(self, stream: AsyncIterator[T]) -> None:
         try:
             async for item in stream:
-                self.items.append(item)
-                self.moved_at = asyncio.get_running_loop().time()
-                self._notify()
+                if not self.done:
+                    self.items.append(item)
+                    self.done = self._ends(item)
+                    self.moved_at = asyncio.get_running_loop().time()
+                    self._notify()
         except asyncio.CancelledError:
-            self.error = EngineClosed("the work was cancelled before its end")
+            self._fail(EngineClosed("the work was cancelled before its end"))
             raise
         except Exception as error:  # a tier may be anyone's code: whatever it raises is its answer, and is judged
-            self.error = error
+            self._fail(error)
         finally:
             self.done = True
             self._notify()
+
+    def _fail(self, error: Exception) -> None:
+        if not self.done:
+            self.error = error
 
     def _notify(self) -> None:
         if self._waiter is not None and not self._waiter.done() and (self.done or self._ready()):
@@ -193,10 +202,10 @@ class Core:
                 return pair
         raise EngineError("the edge ended without an answer")
 
-    def open(self, stream: AsyncIterator[T]) -> Feed[T]:
+    def open(self, stream: AsyncIterator[T], ends: Callable[[T], bool]) -> Feed[T]:
         if self._closed:
             raise EngineClosed("the cascade was closed")
-        feed = Feed(stream)
+        feed = Feed(stream, ends)
         self._tasks.add(feed.task)
         feed.task.add_done_callback(self._tasks.discard)
         return feed
@@ -300,7 +309,7 @@ class Course(Generic[T]):
 
     def _open_edge(self) -> Feed[T]:
         if self._edge is None:
-            self._edge = self._core.open(self._case.edge())
+            self._edge = self._core.open(self._case.edge(), self._case.ends)
         return self._edge
 
     async def _edge_ready(self) -> None:
@@ -357,7 +366,7 @@ class Course(Generic[T]):
             retry_s = core.breaker.retry_in_s
             return Reason.BREAKER_OPEN, Unreachable(f"the cloud failed and is not tried again for {retry_s:.1f} s")
         try:
-            self._cloud = core.open(case.cloud(None if until == math.inf else until - self._asked_at))
+            self._cloud = core.open(case.cloud(None if until == math.inf else until - self._asked_at), case.ends)
             if not await self._cloud_ready(until):
                 return Reason.CLOUD_UNREACHABLE, Unreachable("the cloud says that it is not available")
             core.breaker.succeed(self._ticket)

@@ -102,6 +102,7 @@ class JointInference:
             judge=partial(_judge, policy),
             enough=bool,
             speaks=lambda _: True,
+            ends=lambda _: True,
             stream=False,
             wish="auto",
             deadline=None,

@@ -59,7 +59,11 @@ def _of_logprobs(logprobs: Sequence[float | None]) -> Signals:
     known = sorted(p for p in logprobs if p is not None and p <= 0.0)  # NaN compares false
     if not known or len(known) < len(logprobs):
         return {"mean_logprob": None, "min_logprob": None, "q10_logprob": None}
-    return {"mean_logprob": sum(known) / len(known), "min_logprob": known[0], "q10_logprob": _quantile(known, 0.1)}
+    return {
+        "mean_logprob": math.fsum(known) / len(known),
+        "min_logprob": known[0],
+        "q10_logprob": _quantile(known, 0.1),
+    }
 
 
 def _quantile(ascending: Sequence[float], share: float) -> float:

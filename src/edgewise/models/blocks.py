@@ -79,10 +79,10 @@ class DataFile:
 class _Graph:
     """An ONNX graph under construction; every method returns the name of the value it adds."""
 
-    def __init__(self, name: str, data: DataFile, accuracy_level: int) -> None:
+    def __init__(self, name: str, data: DataFile, *, int8_activations: bool) -> None:
         self.name = name
         self._data = data
-        self._accuracy_level = accuracy_level
+        self._int8_activations = int8_activations
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -120,7 +120,13 @@ class _Graph:
     def linear(self, x: str, matrix: Matrix, bias: FloatArray | None, out: str) -> str:
         """x [rows, inputs] @ matrix^T + bias."""
         if isinstance(matrix, Dense):
-            return self._dense(x, matrix, bias, out)
+            weight = self.tensor(f"{out}.weight", matrix.values)
+            if matrix.values.dtype != np.float32:  # stored as published; the runtime folds the cast when it loads
+                weight = self.node("Cast", [weight], f"{out}.weight32", to=TensorProto.FLOAT)
+            return self._product(x, weight, bias, out)
+        if matrix.bits == 8 and not self._int8_activations:
+            # There is no fast kernel for 8-bit blocks and float32 activations: it would unpack them at each call.
+            return self._product(x, self.unpacked(matrix, out), bias, out)
         if matrix.minima is None and bias is None:
             return self._blocks(x, matrix, out)
         total = self._blocks(x, matrix, f"{out}.q")
@@ -132,10 +138,7 @@ class _Graph:
             total = self.node("Add", [total, self.tensor(f"{out}.bias", bias)], out)
         return total
 
-    def _dense(self, x: str, matrix: Dense, bias: FloatArray | None, out: str) -> str:
-        weight = self.tensor(f"{out}.weight", matrix.values)
-        if matrix.values.dtype != np.float32:  # stored as published; the runtime folds the cast when it loads
-            weight = self.node("Cast", [weight], f"{out}.weight32", to=TensorProto.FLOAT)
+    def _product(self, x: str, weight: str, bias: FloatArray | None, out: str) -> str:
         inputs = [x, weight] if bias is None else [x, weight, self.tensor(f"{out}.bias", bias)]
         return self.node("Gemm", inputs, out, transB=1)
 
@@ -150,8 +153,39 @@ class _Graph:
             N=outputs,
             bits=matrix.bits,
             block_size=BLOCK,
-            accuracy_level=self._accuracy_level,
+            accuracy_level=4 if self._int8_activations else 1,
         )
+
+    def unpacked(self, matrix: Quantized, name: str, rows: str | None = None) -> str:
+        """float32 [rows, inputs] = (q - half) * scale + minimum, the exact values of `Quantized.dense`: all rows, which
+        the runtime folds when it loads, or those that the value `rows` picks at run time."""
+
+        def part(key: str, values: Array) -> str:
+            whole = self.tensor(f"{name}.{key}", values)
+            return whole if rows is None else self.node("Gather", [whole, rows], f"{name}.{key}.picked")
+
+        q = self.node("Cast", [part("weight", matrix.packed)], f"{name}.codes", to=TensorProto.FLOAT)
+        if matrix.bits == 4:
+            q = self._nibbles(q)
+        half = self.tensor("half", np.array(1 << (matrix.bits - 1), dtype=np.float32))
+        centred = self.node("Sub", [q, half], f"{name}.centred")
+        x = self.node("Mul", [centred, self._column(part("scales", matrix.scales))], f"{name}.scaled")
+        if matrix.minima is not None:
+            x = self.node("Add", [x, self._column(part("minima", matrix.minima))], f"{name}.moved")
+        shape = self.tensor(f"rows_of_{matrix.shape[1]}", np.array([-1, matrix.shape[1]], dtype=np.int64))
+        return self.node("Reshape", [x, shape], f"{name}.unpacked")
+
+    def _column(self, x: str) -> str:
+        return self.node("Unsqueeze", [x, self.tensor("column_axis", np.array([-1], dtype=np.int64))], f"{x}.column")
+
+    def _nibbles(self, codes: str) -> str:
+        """float codes 0..255 [rows, blocks, 16] to [rows, blocks, 32], the low half of a byte first."""
+        sixteen = self.tensor("sixteen", np.array(16, dtype=np.float32))
+        high = self.node("Floor", [self.node("Div", [codes, sixteen], f"{codes}.shifted")], f"{codes}.high")
+        low = self.node("Sub", [codes, self.node("Mul", [high, sixteen], f"{codes}.high_part")], f"{codes}.low")
+        both = self.node("Concat", [self._column(low), self._column(high)], f"{codes}.pairs", axis=-1)
+        shape = self.tensor("codes_shape", np.array([0, 0, BLOCK], dtype=np.int64))
+        return self.node("Reshape", [both, shape], f"{codes}.unpacked")
 
     def _block_sums(self, x: str, inputs: int) -> str:
         """Sums of x over each quantization block, [rows, blocks]; one for all matrices that read x."""
@@ -184,7 +218,7 @@ class BlockWriter:
     def __init__(self, card: Card, directory: Path, *, int8_activations: bool) -> None:
         self.card = card
         self.directory = directory
-        self._accuracy_level = 4 if int8_activations else 1
+        self._int8_activations = int8_activations
 
     def vocabulary(self, embed: Matrix, norm: FloatArray, head: Matrix | None) -> None:
         """`embed.onnx` and `head.onnx`; head None means that they share one table, stored once."""
@@ -193,7 +227,7 @@ class BlockWriter:
             self._head(norm, embed if head is None else head, data, shared=head is None)
 
     def _graph(self, name: str, data: DataFile) -> _Graph:
-        return _Graph(name, data, self._accuracy_level)
+        return _Graph(name, data, int8_activations=self._int8_activations)
 
     def _embed(self, embed: Matrix, data: DataFile) -> None:
         g = self._graph("embed", data)
@@ -203,34 +237,8 @@ class BlockWriter:
             rows = g.node("Gather", [g.tensor("embed.weight", embed.values), ids], "picked")
             g.node("Cast", [rows], "hidden", to=TensorProto.FLOAT)
         else:
-            self._embed_blocks(g, embed, ids)
+            g.node("Identity", [g.unpacked(embed, "embed", rows=ids)], "hidden")
         g.save(self.directory / "embed.onnx")
-
-    def _embed_blocks(self, g: _Graph, embed: Quantized, ids: str) -> None:
-        """The picked rows only are unpacked: (q - half) * scale + minimum, the exact values of `Quantized.dense`."""
-        picked = g.node("Gather", [g.tensor("embed.weight", embed.packed), ids], "picked")
-        q = g.node("Cast", [picked], "codes", to=TensorProto.FLOAT)
-        if embed.bits == 4:
-            q = self._nibbles(g, q)
-        half = g.tensor("half", np.array(1 << (embed.bits - 1), dtype=np.float32))
-        scales = g.node("Gather", [g.tensor("embed.scales", embed.scales[..., None]), ids], "picked_scales")
-        x = g.node("Mul", [g.node("Sub", [q, half], "centred"), scales], "scaled")
-        if embed.minima is not None:
-            minima = g.node("Gather", [g.tensor("embed.minima", embed.minima[..., None]), ids], "picked_minima")
-            x = g.node("Add", [x, minima], "moved")
-        shape = g.tensor("hidden_shape", np.array([-1, self.card.hidden], dtype=np.int64))
-        g.node("Reshape", [x, shape], "hidden")
-
-    @staticmethod
-    def _nibbles(g: _Graph, codes: str) -> str:
-        """float codes 0..255 [rows, blocks, 16] to [rows, blocks, 32], the low half of a byte first."""
-        sixteen = g.tensor("sixteen", np.array(16, dtype=np.float32))
-        high = g.node("Floor", [g.node("Div", [codes, sixteen], "shifted")], "high")
-        low = g.node("Sub", [codes, g.node("Mul", [high, sixteen], "high_part")], "low")
-        last = g.tensor("unsqueeze_axis", np.array([3], dtype=np.int64))
-        pair = [g.node("Unsqueeze", [half, last], f"{half}_column") for half in (low, high)]
-        both = g.node("Concat", pair, "pairs", axis=3)
-        return g.node("Reshape", [both, g.tensor("codes_shape", np.array([0, 0, BLOCK], dtype=np.int64))], "unpacked")
 
     def _head(self, norm: FloatArray, head: Matrix, data: DataFile, *, shared: bool) -> None:
         g = self._graph("head", data)

@@ -18,11 +18,12 @@ from functools import wraps
 from typing import Any, ClassVar, Final
 
 from jinja2 import Template, TemplateError, Undefined, nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.tests import TESTS
 from jinja2.visitor import NodeTransformer
 
@@ -47,11 +48,11 @@ CHATML: Final = (
 _FILTERS: Final = (
     "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
     "reject rejectattr reverse round safe select selectattr sort string title trim unique upper wordcount"
-).split()
-_STRING_METHODS: Final = frozenset(
+)
+_STRING_METHODS: Final = (
     "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper "
     "join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
-    "splitlines startswith strip swapcase title upper".split()
+    "splitlines startswith strip swapcase title upper"
 )
 _PADDED_DATE: Final = re.compile(r"%[^a-zA-Z%]*\d")
 
@@ -168,7 +169,7 @@ def _collect(pieces: Iterable[str]) -> str:
     return "".join(texts)
 
 
-def _metered(function: Callable[..., Any]) -> Callable[..., Any]:
+def _metered(function: Any) -> Callable[..., Any]:
     """A jinja filter or test that takes a step, and that neither takes nor gives lazy sequences (they would do their
     work outside of the step)."""
     at = int(hasattr(function, "jinja_pass_arg"))  # jinja passes its context first
@@ -250,7 +251,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             finalize=_printed,
         )
         own = {"join": _join, "replace": _replace, "indent": _indent, "tojson": _tojson, "made": _made}
-        self.filters = {name: _metered(FILTERS[name]) for name in _FILTERS}
+        self.filters = {name: _metered(FILTERS[name]) for name in _FILTERS.split()}
         self.filters |= {name: _metered(function) for name, function in own.items()}
         self.filters["step"] = _step
         self.tests = {name: _metered(function) for name, function in TESTS.items()}
@@ -259,7 +260,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr not in _STRING_METHODS:
+        if isinstance(obj, str) and attr not in _STRING_METHODS.split():
             return False
         return super().is_safe_attribute(obj, attr, value)
 
@@ -271,12 +272,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _made(super().call_binop(context, operator, left, right))
 
     # jinja's own names of the first two parameters keep them apart from a template's keyword arguments.
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) and __obj.__name__ == "join":
-            return _made(_join(*args, d=owner))
+            return _made(_join(args[0], owner))
         if isinstance(owner, str) and __obj.__name__ == "replace":
-            return _made(_replace(owner, *args))
+            return _made(_replace(owner, *args, **kwargs))
         return _made(_eager(super().call(__context, __obj, *args, **kwargs)))
 
 
@@ -298,7 +299,7 @@ def _result_size(operator: str, left: Any, right: Any) -> int:
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; for a prompt it means nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

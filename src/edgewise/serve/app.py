@@ -41,9 +41,10 @@ def create_app(
 ) -> Starlette:
     """The app over one generator, which it closes when it shuts down.
 
-    `models` are the names that /v1/models lists; `auto`, `edge` and `cloud` are understood besides. `route` is told
-    of answers whose generator made no decision. With `key` all paths but the probes need it as a bearer token. `ready`
-    answers /readyz; without it the app is ready once it runs.
+    `models` are the names that /v1/models lists and requests may use; `auto` is understood in any case, and `edge` and
+    `cloud`, where listed, ask for that route. `route` is told of answers whose generator made no decision. With `key`
+    all paths but the probes need it as a bearer token. `ready` answers /readyz; without it the app is ready once it
+    runs.
     """
     metrics = Metrics()
     chat = Chat(generator, frozenset(models), route, limits or Limits(), metrics, version("edgewise"))

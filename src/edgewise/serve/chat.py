@@ -42,7 +42,7 @@ class Limits:
     """What one client may cost the server."""
 
     body_bytes: int = 8 << 20
-    body_s: float = 60.0  # until a request's body must be complete
+    body_s: float = 20.0  # until a request's body must be complete
     in_flight: int = 64  # requests at once; more are told to come back
     ping_s: float = 10.0  # a silent stream shows this often that it is alive
     send_s: float = 120.0  # until a client must have taken what we send it
@@ -56,7 +56,7 @@ class Chat:
         self, generator: Generator, models: frozenset[str], route: Route, limits: Limits, metrics: Metrics, version: str
     ) -> None:
         self._generator = generator
-        self._models = models
+        self._models = models | {"auto"}
         self._decision = Decision(route, None, "only")  # of an engine that has no choice
         self._limits = limits
         self._metrics = metrics
@@ -104,17 +104,16 @@ class Chat:
         await until_left(http.receive, answer)
 
     def _route(self, headers: Headers, model: str) -> Wish:
-        """The header decides, else the model's name; a model that is not ours is an error either way."""
-        if model not in self._models and model not in WISHES:
+        """The header decides, else the model's name; either must be one that is served here."""
+        if model not in self._models:
             known = ", ".join(sorted(self._models))
             raise UnknownModel(f"there is no model {model[:100]!r} here", param="model", hint=f"there are: {known}")
-        wish = headers.get("x-edgewise-route", model if model in WISHES else "auto")
-        for known_wish in WISHES:
-            if wish == known_wish:
-                return known_wish
-        raise RequestError(
-            f"x-edgewise-route is {wish[:100]!r}, allowed are {', '.join(WISHES)}", param="x-edgewise-route"
-        )
+        asked = headers.get("x-edgewise-route", model if model in WISHES else "auto")
+        for wish in WISHES:
+            if wish == asked and wish in self._models:
+                return wish
+        served = ", ".join(wish for wish in WISHES if wish in self._models)
+        raise RequestError(f"x-edgewise-route is {asked[:100]!r}, served is {served}", param="x-edgewise-route")
 
     async def _whole(self, body: ChatBody, request: Request, exchange: Exchange) -> None:
         async with closing(self._generator.generate(request)) as chunks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -79,15 +80,33 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at the first address that `host` means."""
+    """A socket that listens at the first address that `host` means.
+
+    It names its protocol: asyncio turns Nagle's algorithm off for none but those, and with it each first token on a
+    kept connection would come 40 ms late.
+    """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = where[0]
+        listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {reason}", hint="choose another --host or --port; 0 is any free port"
-        ) from e
+        raise _no_address(host, port, e) from e
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as e:
+        listener.close()
+        raise _no_address(host, port, e) from e
+    return listener
+
+
+def _no_address(host: str, port: int, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return ConfigError(
+        f"cannot listen on {host} port {port}: {reason}", hint="choose another --host or --port; 0 is any free port"
+    )
 
 
 def url_of(host: str, listener: socket.socket) -> str:

@@ -64,8 +64,7 @@ class Decoder:
 
     def end(self) -> list[Event]:
         """The event that the stream's end completes, if any: some senders leave out the last empty line."""
-        self._end_line()
-        last = self._dispatch()
+        last = self._end_line() or self._dispatch()
         return [last] if last else []
 
     def _grow(self, part: bytes) -> None:

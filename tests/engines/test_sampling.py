@@ -1,0 +1,130 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as some
+
+from edgewise.engines.sampling import Sampler, top_p_set
+from edgewise.errors import EngineError
+from edgewise.types import Sampling
+
+rows = some.arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
+
+
+def normal(n: int, scale: float = 3.0, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, n).astype(np.float32)
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    scaled = logits.astype(np.float64) / temperature
+    mass = np.exp(scaled - scaled.max())
+    return mass / mass.sum()
+
+
+def nucleus(probabilities: np.ndarray, top_p: float) -> set[int]:
+    """The definition, read aloud: heaviest first, until top_p is reached."""
+    chosen, total = set(), 0.0
+    for token in np.argsort(-probabilities, kind="stable"):
+        chosen.add(int(token))
+        total += probabilities[token]
+        if total >= top_p:
+            break
+    return chosen
+
+
+def draws(sampling: Sampling, logits: np.ndarray, count: int) -> np.ndarray:
+    sampler = Sampler(sampling)
+    return np.bincount([sampler.choose(logits).id for _ in range(count)], minlength=len(logits))
+
+
+@given(rows)
+def test_greedy_takes_the_most_probable_token_and_knows_its_logprob(logits: np.ndarray) -> None:
+    choice = Sampler(Sampling()).choose(logits)
+    assert choice.id == logits.argmax()
+    assert choice.logprob == pytest.approx(math.log(softmax(logits).max()), abs=1e-6)
+    assert choice.logprob <= 0
+
+
+@given(rows, st.integers(1, 20))
+def test_the_alternatives_are_the_best_ones_in_order(logits: np.ndarray, top: int) -> None:
+    found = Sampler(Sampling(), top).choose(logits).top
+    expected = np.sort(np.log(softmax(logits)))[::-1][:top]
+    assert [logprob for _, logprob in found] == pytest.approx(list(expected), abs=1e-5)
+    assert [logprob for _, logprob in found] == sorted((p for _, p in found), reverse=True)
+    assert len({token for token, _ in found}) == len(found) == min(top, len(logits))
+
+
+def test_logprobs_are_of_the_model_itself_whatever_the_sampling() -> None:
+    logits = normal(50)
+    for sampling in (Sampling(temperature=0.3, seed=1), Sampling(temperature=2.0, top_p=0.5, seed=1)):
+        choice = Sampler(sampling, 3).choose(logits)
+        assert choice.logprob == pytest.approx(math.log(softmax(logits)[choice.id]), abs=1e-6)
+        assert choice.top == Sampler(Sampling(), 3).choose(logits).top
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.7, 1.0), (1.0, 0.8), (0.7, 0.95), (2.0, 0.3)]
+)
+def test_tokens_come_as_often_as_they_should(temperature: float, top_p: float) -> None:
+    logits, n = normal(12, 1.5), 4000
+    expected = softmax(logits, temperature)
+    kept = nucleus(expected, top_p)
+    expected = np.array([p if token in kept else 0.0 for token, p in enumerate(expected)])
+    expected /= expected.sum()
+    seen = draws(Sampling(temperature=temperature, top_p=top_p, seed=7), logits, n)
+    assert set(np.flatnonzero(seen)) <= kept
+    assert np.abs(seen / n - expected).max() < 5 * math.sqrt(0.25 / n)
+
+
+@given(rows, st.floats(0.01, 0.999))
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits: np.ndarray, top_p: float) -> None:
+    probabilities = softmax(logits)
+    found = probabilities[top_p_set(probabilities, top_p)]
+    assert found.sum() >= top_p - 1e-6
+    assert found.sum() - found.min() < top_p + 1e-6
+    assert found.min() >= np.delete(probabilities, top_p_set(probabilities, top_p)).max(initial=0.0) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.8, 3.0, 10.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.9999])
+def test_the_nucleus_of_a_large_vocabulary_however_flat(scale: float, top_p: float) -> None:
+    mass = np.exp(normal(20_000, scale).astype(np.float64))
+    found = top_p_set(mass, top_p)
+    assert len(found) == pytest.approx(len(nucleus(mass / mass.sum(), top_p)), abs=1)
+    assert (np.diff(found) > 0).all()
+
+
+def test_among_equals_the_nucleus_takes_the_lower_ids() -> None:
+    assert top_p_set(np.ones(10), 0.35).tolist() == [0, 1, 2, 3]
+
+
+def test_a_seed_repeats_the_draws_and_another_one_does_not() -> None:
+    logits = normal(1000)
+
+    def ids(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=seed))
+        return [sampler.choose(logits).id for _ in range(20)]
+
+    assert ids(5) == ids(5) != ids(6)
+    assert ids(None) != ids(None)
+
+
+def test_extreme_temperatures_are_greedy_and_uniform() -> None:
+    logits = np.array([0.0, 5.0, 4.0], np.float32)
+    assert draws(Sampling(temperature=1e-300, seed=0), logits, 50).tolist() == [0, 50, 0]
+    assert draws(Sampling(temperature=1e300, seed=0), logits, 3000).min() > 850
+
+
+def test_ruled_out_tokens_never_come_and_are_no_alternatives() -> None:
+    logits = np.array([-np.inf, 1.0, -np.inf, 0.5], np.float32)
+    assert draws(Sampling(temperature=1e6, seed=0), logits, 300)[[0, 2]].tolist() == [0, 0]
+    assert [token for token, _ in Sampler(Sampling(), 4).choose(logits).top] == [1, 3]
+
+
+@pytest.mark.parametrize("wrong", [[0.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf], [np.nan, np.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_overflowed_logits_are_an_error_and_not_a_token(wrong: list[float], temperature: float) -> None:
+    with pytest.raises(EngineError, match="highest logit"):
+        Sampler(Sampling(temperature=temperature)).choose(np.array(wrong, np.float32))
