@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     set_threads(THREADS)
-    models = {n: OnnxLM(pull("smollm2-135m", home=HOME, name=f"blocks-{n}", layers_per_block=n), slots=1) for n in SIZES}
+    models = {
+        n: OnnxLM(pull("smollm2-135m", home=HOME, name=f"blocks-{n}", layers_per_block=n), slots=1) for n in SIZES
+    }
     asyncio.run(warm_up(models))
     prefill: dict[int, list[float]] = {n: [] for n in SIZES}
     decode: dict[int, list[float]] = {n: [] for n in SIZES}
@@ -39,7 +41,8 @@ def main() -> None:
             prefill[n].append(p)
             decode[n].append(d)
     results = {
-        str(n): {"prefill_tok_s": figure(prefill[n], "tok/s"), "decode_tok_s": figure(decode[n], "tok/s")} for n in SIZES
+        str(n): {"prefill_tok_s": figure(prefill[n], "tok/s"), "decode_tok_s": figure(decode[n], "tok/s")}
+        for n in SIZES
     }
     settings = {"model": "smollm2-135m", "threads": THREADS, "prompt": PROMPT, "new": NEW, "rounds": args.rounds}
     path = write("block_size", results=results, libraries=["onnxruntime"], settings=settings)

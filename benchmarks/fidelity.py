@@ -2,8 +2,8 @@
 
     python benchmarks/fidelity.py [--tokens 2000] [--text FILE] [--json]
 
-Each bundle (exact weights with fp32 and int8 activations, requantized ones) and the reference see the same token ids. Needs the
-test environment (torch, transformers); the text is the project's own documentation unless a file is given.
+Each bundle (exact weights with fp32 and int8 activations, requantized ones) and the reference see the same token ids.
+Needs the test environment (torch, transformers); the text is the project's own documentation unless a file is given.
 """
 
 from __future__ import annotations
@@ -11,13 +11,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from measurement import ROOT, write
 
+from edgewise.engines.base import Row
+from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.evaluate.divergence import Divergence
+from edgewise.evaluate.perplexity import Perplexity
+from edgewise.models.bundle import Bundle
+from edgewise.models.download import ALIASES, packaged
+from edgewise.models.source import pull
+from edgewise.models.tokenizer import Tokenizer
+
 sys.path.insert(0, str(ROOT / "tests"))
+from oracle import llama_from_gguf
 
 HOME = ROOT / ".cache" / "edgewise"
 CHUNK = 250
@@ -37,24 +49,22 @@ def main() -> None:
     args = parser.parse_args()
     ids, reference = teacher(args.text, args.tokens)
     rows = {name: asyncio.run(judge(name, recipe, ids, reference)) for name, recipe in RECIPES.items()}
-    rows = {"reference": {"perplexity": perplexity(reference, ids)}, **rows}
+    reference_perplexity = Perplexity()
+    reference_perplexity.add(reference[:-1], ids[1:])
+    rows = {"reference": {"perplexity": reference_perplexity.result()}, **rows}
     settings = {"model": "smollm2-135m", "tokens": len(ids), "text": args.text.name if args.text else "docs/**/*.md"}
-    path = write("fidelity", results=rows, libraries=["onnxruntime", "transformers", "torch", "gguf"], settings=settings)
+    path = write(
+        "fidelity", results=rows, libraries=["onnxruntime", "transformers", "torch", "gguf"], settings=settings
+    )
     if args.json:
         print(path.read_text())
     else:
         for name, row in rows.items():
-            print(f"{name:26}" + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+            print(f"{name:26}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 
 
 def teacher(text: Path | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and the reference's logits for them, float32 [tokens, vocab]."""
-    import torch
-    from oracle import llama_from_gguf
-
-    from edgewise.models.download import ALIASES, packaged
-    from edgewise.models.tokenizer import Tokenizer
-
     files = [text] if text else [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     path = packaged(ALIASES["smollm2-135m"], HOME, lambda what, done, total: None)
     tokenizer = Tokenizer.open(bundle("tokenizer", {}).path)
@@ -66,33 +76,22 @@ def teacher(text: Path | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, logits
 
 
-def bundle(name: str, recipe: dict[str, Any]) -> Any:
-    from edgewise.models.source import pull
-
+def bundle(name: str, recipe: dict[str, Any]) -> Bundle:
     return pull("smollm2-135m", home=HOME, name="fidelity-" + name.replace(", ", "-").replace(" ", "-"), **recipe)
 
 
 async def judge(name: str, recipe: dict[str, Any], ids: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    from edgewise.engines.base import Row
-    from edgewise.engines.onnx_lm import OnnxLM
-    from edgewise.evaluate.divergence import Divergence
-
     lm = OnnxLM(bundle(name, recipe), slots=1, context=len(ids))
     await lm.open("s", len(ids))
-    divergence, likelihood = Divergence(), []
+    divergence, perplexity = Divergence(), Perplexity()
     for start in range(0, len(ids), CHUNK):
         part = ids[start : start + CHUNK]
         logits = (await lm.forward([Row("s", start, part, len(part))]))[0]
         divergence.add(reference[start : start + CHUNK], logits)
-        likelihood.append(logits.copy())
+        following = ids[start + 1 : start + 1 + len(part)]
+        perplexity.add(logits[: len(following)], following)
     await lm.shutdown()
-    return {**divergence.result(), "perplexity": perplexity(np.concatenate(likelihood), ids)}
-
-
-def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
-    from edgewise.evaluate.perplexity import perplexity as of
-
-    return of(logits[:-1], ids[1:])
+    return {**asdict(divergence.result()), "perplexity": perplexity.result()}
 
 
 if __name__ == "__main__":

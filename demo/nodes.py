@@ -75,8 +75,10 @@ def _url(name: str, process: subprocess.Popen[str], log: Path) -> str:
     assert process.stdout is not None
     alarm = Timer(START_S, process.kill)
     alarm.start()
-    line = process.stdout.readline()
-    alarm.cancel()
+    try:
+        line = process.stdout.readline()
+    finally:
+        alarm.cancel()  # its thread would keep the demo alive
     try:
         return str(json.loads(line)["url"])
     except (json.JSONDecodeError, KeyError) as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -179,3 +180,11 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_node_that_says_nothing_is_killed(tiers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "START_S", 0.5)
+    monkeypatch.setattr(tiers, "edgewise", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(tiers.DemoError, match="its first line is ''"), tiers.node("cloud", "cloud"):
+        pass
+    assert [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)] == []

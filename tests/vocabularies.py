@@ -20,13 +20,15 @@ SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SCALE = 32  # rows and columns of the weights that llama.cpp wants beside a vocabulary
 
-_WORDS = (
+_TEXT = (
     "the of and to in is that it was for on are as with his they at be this have from or one had by word but not what "
     "all were we when your can said there use an each which she do how their if will up other about out many then them "
     "Straße naïve Ünïcödé déjà façade ΑΒΓ λόγος Привет мир добрый שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดี "
-    "你好世界 今日は良い天気 안녕하세요 🙂 👩‍👩‍👧 🇩🇪 e\u0301 don't I'LL we've It's x'S HTTPServer camelCase snake_case i++ "
-    "def main(): return {'a': [1, 2.5, -3e10]} #include <stdio.h> https://example.org/?q=1&r=2 C:\\\\dir \\n\\t ① Ⅷ ½ ٣٤٥ ʼn"
-).split(" ")
+    "你好世界 今日は良い天気 안녕하세요 🙂 👩‍👩‍👧 🇩🇪 e\u0301 don't I'LL we've It's x'S HTTPServer camelCase snake_case "
+    "i++ def main(): return {'a': [1, 2.5, -3e10]} #include <stdio.h> https://example.org/?q=1&r=2 C:\\\\dir \\n "
+    "\\t ① Ⅷ ½ ٣٤٥ ʼn"
+)
+_WORDS = _TEXT.split(" ")
 _RANGES = (
     (0x01, 0x20),
     (0x20, 0x7F),

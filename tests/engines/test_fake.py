@@ -14,8 +14,12 @@ from edgewise.types import Candidate, Chunk, Message, Request, Token
 HI = (Message("user", "hi"),)
 
 
-async def read(generator: FakeGenerator, **wishes: Any) -> list[Chunk]:
-    return [chunk async for chunk in generator.generate(Request(HI, **wishes))]
+async def read(generator: FakeGenerator, seen: list[Chunk] | None = None, **wishes: Any) -> list[Chunk]:
+    """All chunks; `seen` has those that came before an error."""
+    seen = [] if seen is None else seen
+    async for chunk in generator.generate(Request(HI, **wishes)):
+        seen.append(chunk)
+    return seen
 
 
 async def test_a_text_is_given_word_by_word_with_its_logprobs() -> None:
@@ -35,8 +39,7 @@ async def test_an_error_comes_at_its_token_at_the_start_and_after_the_last() -> 
         fake = FakeGenerator(replace(Script.of("a b c"), error=Unreachable("gone"), breaks_at=breaks_at))
         seen: list[Chunk] = []
         with pytest.raises(Unreachable):
-            async for chunk in fake.generate(Request(HI)):
-                seen.append(chunk)
+            await read(fake, seen)
         assert len(seen) == expected == fake.given
         assert fake.finished == fake.active == fake.cancelled == 0
 
@@ -66,9 +69,11 @@ async def test_leaving_early_is_recorded() -> None:
 
 async def test_close_ends_running_answers() -> None:
     fake = FakeGenerator("a b c")
+    chunks = fake.generate(Request(HI))
+    await anext(chunks)
+    await fake.close()
     with pytest.raises(EngineClosed):
-        async for _ in fake.generate(Request(HI)):
-            await fake.close()
+        await anext(chunks)
 
 
 async def test_scripted_alternatives_are_shown_before_made_up_ones() -> None:

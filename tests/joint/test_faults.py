@@ -98,7 +98,7 @@ scripts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     near=scripts,
     far=st.none() | scripts,
@@ -122,7 +122,9 @@ def check(seen: Outcome, near: FakeGenerator, far: FakeGenerator | None, deadlin
     else:
         assert seen.error is not None
     if isinstance(seen.error, DeadlineExceeded):
-        assert seen.total_s == pytest.approx(deadline_ms / 1000)
+        assert (
+            seen.total_s >= deadline_ms / 1000 - 0.05 - 1e-9
+        )  # the margin: the cloud's own deadline comes so much earlier
     if deadline_ms is not None:
         assert seen.total_s <= deadline_ms / 1000 + 1e-9
     for side in filter(None, (near, far)):

@@ -9,13 +9,13 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 from transformers import AutoTokenizer
-from vocabularies import SPECIALS, LlamaTokenizer, byte_level_gguf, sentencepiece_gguf, strings
 
 from edgewise.errors import BundleError, ModelError, RequestError, SourceError, UnsupportedModel
 from edgewise.models.gguf import GGUF
 from edgewise.models.pretokenize import PRE_TOKENIZERS
 from edgewise.models.tokenizer import CONFIG, TEMPLATE, TOKENIZER, Tokenizer, write_from_gguf, write_from_hf
 from edgewise.types import Message
+from vocabularies import SPECIALS, LlamaTokenizer, byte_level_gguf, sentencepiece_gguf, strings
 
 HELLO = (Message("user", "Hello"),)
 
@@ -154,7 +154,9 @@ def fields_of(**changes: Any) -> Any:
         ({"add_bos_token": True, "bos_token_id": 3}, SourceError, "BOS"),
     ],
 )
-def test_bad_vocabularies_are_refused(changes: dict[str, Any], kind: type[Exception], words: str, tmp_path: Path) -> None:
+def test_bad_vocabularies_are_refused(
+    changes: dict[str, Any], kind: type[Exception], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(kind, match=words):
         write_from_gguf(fields_of(**changes), tmp_path)
 

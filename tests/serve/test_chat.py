@@ -75,6 +75,18 @@ class Endless(FakeGenerator):
         yield Chunk("text", (Token(1, b"text", -0.1),))
 
 
+@pytest.fixture(scope="module")
+def shared_engine() -> FakeGenerator:
+    return FakeGenerator()
+
+
+@pytest.fixture(scope="module")
+def shared(shared_engine: FakeGenerator) -> Iterator[Served]:
+    """One server for the many small cases; whoever wants another answer gives `shared_engine` one."""
+    with Served(shared_engine) as served:
+        yield served
+
+
 def test_a_whole_answer(serve: Serve) -> None:
     with client(serve(FakeGenerator(TEXT))) as api:
         answer = api.chat.completions.create(model="auto", messages=HELLO)
@@ -211,11 +223,12 @@ def test_an_engine_without_a_choice_has_the_route_of_the_app(serve: Serve) -> No
         ("cloud", "edge", "edge"),
     ],
 )
-def test_the_route_that_is_wished_for(serve: Serve, model: str, header: str | None, route: str) -> None:
-    engine = FakeGenerator()
-    response = post(serve(engine), {"x-edgewise-route": header} if header else None, model=model)
+def test_the_route_that_is_wished_for(
+    shared: Served, shared_engine: FakeGenerator, model: str, header: str | None, route: str
+) -> None:
+    response = post(shared, {"x-edgewise-route": header} if header else None, model=model)
     assert response.status_code == 200
-    assert engine.requests[0].route == route
+    assert shared_engine.requests[-1].route == route
 
 
 def test_the_deadline_reaches_the_engine(serve: Serve) -> None:
@@ -232,8 +245,8 @@ def test_the_deadline_reaches_the_engine(serve: Serve) -> None:
         for text in ("", "0", "-1", "nan", "inf", "1e3", "soon", "86400001", "9" * 400)
     ],
 )
-def test_headers_with_a_bad_value_are_named(serve: Serve, headers: dict[str, str], param: str) -> None:
-    response = post(serve(), headers)
+def test_headers_with_a_bad_value_are_named(shared: Served, headers: dict[str, str], param: str) -> None:
+    response = post(shared, headers)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
 
@@ -279,7 +292,8 @@ def test_health(serve: Serve) -> None:
     async def loading() -> bool:
         return False
 
-    assert get(serve(), "/livez").status_code == get(serve(), "/readyz").status_code == 200
+    served = serve()
+    assert get(served, "/livez").status_code == get(served, "/readyz").status_code == 200
     for ready in (broken, loading):
         served = serve(ready=ready)
         assert get(served, "/livez").status_code == 200
@@ -298,8 +312,8 @@ def test_health(serve: Serve) -> None:
         ("GET", "/%ff%fe", 404, "unknown_path"),
     ],
 )
-def test_wrong_paths_are_told_in_json(serve: Serve, method: str, path: str, status: int, code: str) -> None:
-    response = get(serve(), path, method)
+def test_wrong_paths_are_told_in_json(shared: Served, method: str, path: str, status: int, code: str) -> None:
+    response = get(shared, path, method)
     assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
     assert response.json()["error"]["code"] == code
@@ -377,13 +391,21 @@ ERRORS: list[tuple[EdgewiseError, int, str | None, bool]] = [
 @pytest.mark.parametrize(("error", "status", "code", "retry"), ERRORS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_before_the_first_chunk_have_their_status(
-    serve: Serve, error: EdgewiseError, status: int, code: str | None, retry: bool, stream: bool
+    shared: Served,
+    shared_engine: FakeGenerator,
+    monkeypatch: pytest.MonkeyPatch,
+    error: EdgewiseError,
+    status: int,
+    code: str | None,
+    retry: bool,
+    stream: bool,
 ) -> None:
-    response = post(serve(FakeGenerator(Script((), error=error))), stream=stream)
+    monkeypatch.setattr(shared_engine, "answer", Script((), error=error))
+    response = post(shared, stream=stream)
     told = response.json()["error"]
     assert (response.status_code, told["code"]) == (status, code)
     assert response.headers["x-should-retry"] == ("true" if retry else "false")
-    assert ("retry-after" in response.headers) == (status in (429, 503))
+    assert ("retry-after" in response.headers) == (retry and status in (429, 503))
     assert set(told) >= {"message", "type", "param", "code"}
     assert (error.message in told["message"]) == (status != 500)
 

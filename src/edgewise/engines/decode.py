@@ -257,8 +257,8 @@ class _Scheduler:
             await self._admit()
             if self._active:
                 await self._step()
-                self._post()
-            else:
+            self._post()
+            if not self._active:
                 await self._sleep()
 
     async def _sleep(self) -> None:

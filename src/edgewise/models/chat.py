@@ -34,8 +34,8 @@ MAX_TEMPLATE_CHARS: Final = 1 << 18  # the longest published ones have about 2**
 MAX_MESSAGE_CHARS: Final = 1 << 21  # of all messages together; more than any context holds
 MAX_VALUE: Final = 1 << 22  # characters of the rendered text or of any value on the way
 BUDGET: Final = 1 << 28  # characters made, and steps taken
-STEP_COST: Final = 256  # so at most 2**20 steps
-ITEM_COST: Final = 16  # of a list item or dict entry, in characters
+STEP_COST: Final = 512  # so at most 2**19 steps
+ITEM_COST: Final = 64  # of a list item or dict entry, in characters
 MAX_SECONDS: Final = 5.0
 MAX_INTEGER_BITS: Final = 256
 MAX_JSON_INDENT: Final = 8
@@ -128,7 +128,8 @@ _METER: ContextVar[_Meter] = ContextVar("meter")  # of the rendering under way
 
 
 def _step(cost: int) -> bool:
-    _METER.get().step(cost)
+    """True, so that it can stand before a condition. A template can call it too, but not to get anything back."""
+    _METER.get().step(max(cost, 0))
     return True
 
 
@@ -263,6 +264,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(obj, str) and attr not in _STRING_METHODS.split():
             return False
         return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """`str.format` gets no wrapper: like other methods that pad, it is not on offer."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"it asks for {attribute!r} of a {type(obj).__name__}")

@@ -22,6 +22,7 @@ from edgewise.errors import UnknownModel
 from edgewise.serve.chat import Chat, Limits
 from edgewise.serve.errors import answer_error, failure_of
 from edgewise.serve.metrics import Metrics
+from edgewise.serve.openapi import document
 from edgewise.types import Route
 from edgewise.wire.openai import encode_model, encode_models
 
@@ -58,6 +59,7 @@ def create_app(
             Path("/livez", health.live, methods=["GET"]),
             Path("/readyz", health.ready, methods=["GET"]),
             Path("/metrics", metrics.show, methods=["GET"]),
+            Path("/openapi.json", show_openapi, methods=["GET"]),
         ],
         middleware=[Middleware(BearerKey, key=key)] if key else [],
         exception_handlers={HTTPException: answer_error, UnknownModel: answer_error, Exception: answer_error},
@@ -114,6 +116,10 @@ class Health:
         except Exception as e:  # whatever it is that fails, the server is not ready
             log.warning("not ready: %s", type(e).__qualname__)
             return False
+
+
+async def show_openapi(request: Request) -> Response:
+    return Response(document(version("edgewise")), media_type="application/json")
 
 
 class BearerKey:

@@ -96,7 +96,7 @@ def _of_ours(error: EdgewiseError, status: int, code: str | None) -> Failure:
     if isinstance(error, RemoteRefused) and error.retryable:
         status = 503
     headers = {"x-should-retry": "true" if error.retryable else "false"}
-    if status in (429, 503):
+    if error.retryable and status in (429, 503):
         headers["retry-after"] = str(_retry_after_s(error))
     return Failure(status, body, headers)
 

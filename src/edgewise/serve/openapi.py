@@ -1,0 +1,66 @@
+"""/openapi.json, made from the types that read and write the wire: it cannot say anything else than they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from edgewise.serve.chat import WISHES
+from edgewise.wire.openai import ChatBody, ChunkBody, Completion, ErrorAnswer, ModelBody, ModelList
+
+TYPES = (ChatBody, ChunkBody, Completion, ErrorAnswer, ModelBody, ModelList)
+
+
+def document(version: str) -> bytes:
+    """The OpenAPI 3.1 document as JSON."""
+    _, components = msgspec.json.schema_components(TYPES, ref_template="#/components/schemas/{name}")
+    paths = {
+        "/v1/chat/completions": {"post": _chat()},
+        "/v1/models": {"get": _operation("The models by name.", _json("ModelList"), (401,))},
+        "/v1/models/{name}": {
+            "get": _operation("One model.", _json("ModelBody"), (401, 404))
+            | {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+        },
+        "/livez": {"get": _operation("The process answers.", {"application/json": {}}, ())},
+        "/readyz": {"get": _operation("Requests will be served.", {"application/json": {}}, (503,))},
+        "/metrics": {"get": _operation("Counters for Prometheus.", {"text/plain": {}}, ())},
+    }
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "Edgewise", "version": version},
+            "paths": paths,
+            "components": {"schemas": components},
+        }
+    )
+
+
+def _chat() -> dict[str, Any]:
+    answers = _json("Completion") | {"text/event-stream": {"schema": _ref("ChunkBody")}}
+    refusals = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
+    headers = [
+        _header("x-edgewise-route", {"enum": list(WISHES)}),
+        _header("x-request-deadline-ms", {"type": "string", "pattern": r"^[0-9]{1,7}(\.[0-9]{1,3})?$"}),
+    ]
+    operation = _operation("An answer to a conversation, whole or as a stream.", answers, refusals)
+    return operation | {"parameters": headers, "requestBody": {"required": True, "content": _json("ChatBody")}}
+
+
+def _operation(summary: str, answer: dict[str, Any], refusals: tuple[int, ...]) -> dict[str, Any]:
+    responses: dict[str, Any] = {"200": {"description": summary, "content": answer}}
+    for status in refusals:
+        responses[str(status)] = {"description": "An error in OpenAI's form.", "content": _json("ErrorAnswer")}
+    return {"summary": summary, "responses": responses}
+
+
+def _header(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": schema}
+
+
+def _json(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": _ref(name)}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,58 @@
+"""The default model against its own GGUF, dequantized and run by transformers: teacher-forced KL.
+
+`benchmarks/fidelity.py` reports the figures over 2,000 tokens; here a shorter text guards the bounds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import llama_from_gguf
+
+from edgewise.engines.base import Row
+from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.evaluate.divergence import Comparison, Divergence
+from edgewise.models.source import pull
+from edgewise.models.tokenizer import Tokenizer
+
+TEXT = Path(__file__).parents[2] / "LICENSE"
+TOKENS = 600
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, np.ndarray, Path]:
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = Tokenizer.open(pull(str(smollm2_gguf), home=home).path)
+    ids = np.array(tokenizer.encode(TEXT.read_text()))[:TOKENS]
+    assert len(ids) == TOKENS
+    with torch.no_grad():
+        return ids, llama_from_gguf(smollm2_gguf)(torch.from_numpy(ids)[None]).logits[0].numpy(), home
+
+
+@pytest.mark.parametrize(("activations", "bound"), [("fp32", 1e-5), ("int8", 0.01)])
+async def test_exact_weights(
+    smollm2_gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path], activations: str, bound: float
+) -> None:
+    assert (await compare(smollm2_gguf, reference, activations=activations)).kl_mean <= bound
+
+
+async def test_int4_is_visibly_worse(smollm2_gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path]) -> None:
+    """Why requantizing is never silent."""
+    result = await compare(smollm2_gguf, reference, requantize="int4")
+    assert 0.05 < result.kl_mean < 1.0
+    assert 0.5 < result.top1_agreement < 0.95
+
+
+async def compare(gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path], **recipe: str) -> Comparison:
+    ids, expected, home = reference
+    lm = OnnxLM(pull(str(gguf), home=home, name="judged", **recipe), slots=1, context=TOKENS)
+    await lm.open("s", TOKENS)
+    divergence = Divergence()
+    for start in range(0, TOKENS, 200):
+        part = ids[start : start + 200]
+        divergence.add(expected[start : start + 200], (await lm.forward([Row("s", start, part, len(part))]))[0])
+    await lm.shutdown()
+    return divergence.result()
