@@ -26,5 +26,5 @@ bench: .venv/.dev
 docs: .venv/.dev
 	$(BIN)/python scripts/cli_docs.py
 
-.venv/.%: requirements/%.txt requirements/run.txt pyproject.toml scripts/setup
+.venv/.%: requirements/%.txt requirements/demo.txt requirements/run.txt pyproject.toml scripts/setup
 	scripts/setup "$(PYTHON)" $*

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 COLUMNS = ("prompt", "route", "conf.", "first ms", "tok/s", "answer")
-WIDTHS = (32, 13, 5, 8, 5, 60)
+WIDTHS = (30, 13, 5, 8, 5, 46)
 COLOURS = {"edge": "green", "cloud": "blue", "edge_fallback": "yellow"}
 
 

@@ -80,5 +80,12 @@ def test_the_python_block_runs_against_a_node(code: str, tmp_path: Path) -> None
     assert re.search(r"^edge(_fallback)? 0\.\d+ \w+$", done.stdout, re.MULTILINE), done.stdout
 
 
+def test_the_size_is_the_measured_one() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "footprint.json").read_text())["results"]["install_bytes"]
+    said = re.search(r"run-time install takes (\d+) MB", README)
+    assert said is not None
+    assert int(said[1]) == pytest.approx(measured / 1e6, rel=0.02)
+
+
 def test_there_is_a_python_block_to_run() -> None:
     assert "<!-- run against a node -->\n```python\n" in README

@@ -158,7 +158,7 @@ def test_every_single_byte_may_be_anything(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     refused = 0
     for at in range(len(GOOD) - 72):
-        for value in (0x00, 0x01, 0x7F, 0x80, 0xFF):
+        for value in (0x00, 0x7F, 0xFF):
             path.write_bytes(GOOD[:at] + bytes([value]) + GOOD[at + 1 :])
             try:
                 read(path)

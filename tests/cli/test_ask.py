@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import socket
+from inspect import signature
 
 import pytest
 from calling import Cli
+
+from edgewise.cli.ask import ask
+from edgewise.types import Request
 
 EDGE = ("--edge", "tiny", "--max-tokens", "6")
 
@@ -97,3 +101,12 @@ def test_the_default_model_is_pulled_when_it_is_wanted(
     assert outcome.json["model"] == "tiny"
     assert "there is no bundle tiny" in outcome.err
     assert "pulling it" not in cli("ask", "abc", "--edge", "tiny", "--max-tokens", "2").err
+
+
+def test_the_flags_defaults_are_those_of_a_request() -> None:
+    """They stand in the help, which must not import what a Request is made of."""
+    flags = signature(ask).parameters
+    assert flags["max_tokens"].default == Request().max_tokens
+    assert flags["temperature"].default == Request().sampling.temperature
+    assert flags["route"].default == Request().route
+    assert flags["deadline_ms"].default is Request().deadline_ms

@@ -171,15 +171,26 @@ class TestContext:
 
 class TestScheduling:
     async def test_prompts_are_filled_in_turn_while_answers_go_on(self) -> None:
-        widths: list[list[int]] = []
-        model = FakeTokenModel(before_forward=lambda rows: widths.append([len(row.ids) for row in rows]))
+        gate, steps = Gate(), list[Sequence[Row]]()
+
+        def watch(rows: Sequence[Row]) -> None:
+            steps.append(rows)
+            gate(rows)
+
+        model = FakeTokenModel(before_forward=watch)
         async with decoder(model, prefill_chunk=8) as made:
             short = asyncio.ensure_future(ids(made, ask(1, max_tokens=40)))
-            await asyncio.gather(short, *(ids(made, ask(i, *range(40))) for i in range(3)))
-        assert max(map(max, widths)) == 8
-        assert all(sum(width > 1 for width in step) <= 1 for step in widths)  # at most one chunk of a prompt a step
-        assert any(step.count(1) and max(step) == 8 for step in widths)  # beside which the others go on
-        assert model.most_rows <= 4
+            await asyncio.to_thread(gate.inside.wait, 10)
+            long = [asyncio.ensure_future(ids(made, ask(*[i] * 24))) for i in range(3)]
+            await until(lambda: len(made._scheduler._waiting) == 3)
+            gate.go.set()
+            await asyncio.gather(short, *long)
+        chunks = [row for rows in steps for row in rows if len(row.ids) > 1]
+        assert [len(row.ids) for row in chunks] == [8] * 9
+        assert len({row.session for row in chunks[:3]}) == 3
+        assert [row.session for row in chunks] == [row.session for row in chunks[:3]] * 3
+        assert all(sum(len(row.ids) > 1 for row in rows) <= 1 for rows in steps)  # one chunk of a prompt a step
+        assert all(any(len(row.ids) == 1 for row in rows) for rows in steps)  # beside which the others go on
 
     async def test_a_long_prompt_costs_as_few_steps_as_it_can(self) -> None:
         model = FakeTokenModel()
@@ -430,6 +441,7 @@ class TestClosing:
         tasks = [asyncio.ensure_future(read(made, ask(i))) for i in range(2)]
         await asyncio.to_thread(gate.inside.wait, 10)
         closing = asyncio.ensure_future(made.close())
+        await until(lambda: made._scheduler._stopping)
         gate.go.set()
         await asyncio.gather(closing, made.close())
         for task in tasks:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import llama_from_gguf
 
 from edgewise.engines.base import Row
 from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.evaluate.divergence import Comparison, Divergence
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
+from oracle import llama_from_gguf
 
 TEXT = Path(__file__).parents[2] / "LICENSE"
 TOKENS = 600

@@ -5,7 +5,7 @@ from contextlib import aclosing
 import numpy as np
 import pytest
 from clock import run
-from tiers import CLOUD_TEXT, EDGE_TEXT, SURE, UNSURE, ask, cloud, edge, see, tier
+from tiers import CLOUD_TEXT, EDGE_TEXT, SURE, UNSURE, ask, cloud, edge, policy, see, tier
 
 from edgewise.engines.base import Capabilities
 from edgewise.engines.fake import FakeGenerator, FakePredictor
@@ -26,9 +26,9 @@ from edgewise.joint.policy import Policy
 from edgewise.types import Chunk
 
 
-def once(edge, cloud=None, policy=None, **wishes):
+def once(edge, cloud=None, rule=None, **wishes):
     """One request through a new cascade: what its caller saw, and the cascade."""
-    cascade = Cascade(edge, cloud, policy, Breaker(clock=lambda: 0.0))
+    cascade = Cascade(edge, cloud, rule, Breaker(clock=lambda: 0.0))
     return run(see(cascade, ask(**wishes))), cascade
 
 
@@ -74,9 +74,8 @@ def test_slow_tokens_are_held_no_longer_than_the_wait_after_the_first():
 
 
 def test_a_short_stream_is_judged_as_a_whole():
-    policy = Policy.parse(Policy.default().to_json().replace(b'"threshold": 0.55', b'"threshold": 0.99'))
-    assert policy.early.threshold == 0.99
-    seen, _ = once(tier("Yes.", math.log(0.8)), cloud(), policy, stream=True)
+    rule = policy(whole={"threshold": 0.7}, early={"threshold": 0.99})
+    seen, _ = once(tier("Yes.", math.log(0.8)), cloud(), rule, stream=True)
     assert seen.way == ("edge", "confident")
 
 
@@ -166,8 +165,7 @@ def test_the_cloud_gets_what_is_left_of_the_deadline_less_the_margin():
 
 def test_with_no_time_left_the_cloud_is_not_asked():
     far = cloud()
-    policy = Policy.parse(Policy.default().to_json().replace(b'"deadline_share": 0.5', b'"deadline_share": 0.99'))
-    seen, _ = once(edge(), far, policy, deadline_ms=430)
+    seen, _ = once(edge(), far, policy(edge={"deadline_share": 0.99}), deadline_ms=430)
     assert (seen.text, seen.way) == (EDGE_TEXT, ("edge_fallback", "deadline"))
     assert far.requests == []
 
@@ -211,8 +209,7 @@ def test_a_confident_stream_ends_at_the_deadline():
 
 
 def test_the_policy_has_a_deadline_for_requests_without():
-    policy = Policy.parse(Policy.default().to_json().replace(b'"deadline_ms": null', b'"deadline_ms": 600'))
-    seen, _ = once(edge(), cloud(hangs=True), policy)
+    seen, _ = once(edge(), cloud(hangs=True), policy(deadline_ms=600.0))
     assert seen.way == ("edge_fallback", "cloud_timeout")
     assert seen.total_s == pytest.approx(0.55)
 
@@ -576,6 +573,12 @@ def test_outputs_without_logits_are_no_evidence():
     outputs, route, reason = decide(FakePredictor({"boxes": np.zeros(4)}), far)
     assert (route, reason) == ("cloud", "no_evidence")
     assert outputs is far.answer
+
+
+@pytest.mark.parametrize("deadline_ms", [0, -1.0, math.nan])
+def test_a_deadline_that_cannot_be_is_refused(deadline_ms):
+    with pytest.raises(RequestError, match="deadline_ms"):
+        decide(predictor(SURE_ROW), None, deadline_ms=deadline_ms)
 
 
 async def test_a_predictor_cascade_is_a_predictor():

@@ -6,8 +6,11 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from edgewise.engines.fake import FakeGenerator, Script
 from edgewise.joint.cascade import Cascade
+from edgewise.joint.policy import Policy
 from edgewise.types import Chunk, Decision, Message, Request
 
 SURE, UNSURE = -0.01, -3.0
@@ -31,6 +34,14 @@ def cloud(**script: Any) -> FakeGenerator:
 
 def ask(**wishes: Any) -> Request:
     return Request((Message("user", "hello"),), **wishes)
+
+
+def policy(**parts: Any) -> Policy:
+    """The default policy with some values changed: `policy(early={"threshold": 0.9}, deadline_ms=5.0)`."""
+    change, default = msgspec.structs.replace, Policy.default()
+    return change(
+        default, **{k: change(getattr(default, k), **v) if isinstance(v, dict) else v for k, v in parts.items()}
+    )
 
 
 @dataclass

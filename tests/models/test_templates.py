@@ -231,8 +231,8 @@ HANGS = {
     "recursive loop": f"{{% for a in {N} recursive %}}{{{{ loop({N}) }}}}{{% endfor %}}",
     "endless macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "branching macro": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "callers": "{% macro m(n) %}{% if n %}{% call m(n-1) %}{% endcall %}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(80) }}",
-    "steps given back": f"{{% for a in {N} %}}{{% for b in {N} %}}{{{{ (0 - 99999)|step }}}}{{% endfor %}}{{% endfor %}}",
+    "callers": "{% macro m(n) %}{% if n %}{% call m(n-1) %}{% endcall %}{{ m(n-1) }}{% endif %}{%endmacro%}{{m(60)}}",
+    "steps given back": f"{{% for a in {N} %}}{{% for b in {N} %}}{{{{ (0 - 999)|step }}}}{{% endfor %}}{{% endfor %}}",
     "filters in a loop": f"{{% for a in {N} %}}{{{{ {N}|map('string')|select('none')|list|length }}}}{{% endfor %}}",
     "tests in a loop": f"{{% for a in {N} %}}{{{{ {N}|select('divisibleby', 7)|list|length }}}}{{% endfor %}}",
 }

@@ -192,11 +192,21 @@ def test_damaged_bundles_are_refused(file: str, content: bytes | None, tmp_path:
         Tokenizer.open(tmp_path)
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 2}, "format 2, this version reads 1"),
+        ({"bos": -1}, "bos"),
+        ({"stop": [2**40]}, "stop"),
+        ({"pieces": "words"}, "pieces"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_other_settings_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     write_from_gguf(fields_of(), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_bytes())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"format": 2}))
-    with pytest.raises(BundleError, match="format 2, this version reads 1"):
+    (tmp_path / CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(BundleError, match=words):
         Tokenizer.open(tmp_path)
 
 
@@ -235,7 +245,7 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
             "eos_token": "<e>",
             "chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ eos_token }}"}],
         },
-        generation_config_json={"eos_token_id": [257, 258, 9999]},
+        generation_config_json={"eos_token_id": [257, 258, 9999, -1, 2**40, None, "x"]},
     )
     tokenizer = from_hf(source, tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(source)
@@ -274,11 +284,18 @@ def test_ids_of_the_models_configuration_are_the_last_resort(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
-@pytest.mark.parametrize("content", ["", "[]", "{"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"eos_token": "\\ud800"}', '{"a":' + "[" * 100_000])
 def test_damaged_hugging_face_files_are_refused(name: str, content: str, tmp_path: Path) -> None:
     source = hugging_face(tmp_path / "hf")
     (source / name).write_text(content)
     with pytest.raises(SourceError, match=name):
+        write_from_hf(source, tmp_path / "out")
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    source = hugging_face(tmp_path / "hf")
+    (source / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(SourceError, match="UTF-8"):
         write_from_hf(source, tmp_path / "out")
 
 

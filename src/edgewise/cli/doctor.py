@@ -89,10 +89,11 @@ def _simd() -> Check:
 
 def _onnxruntime() -> Check:
     try:
-        import onnxruntime
+        from edgewise.engines.onnx_lm import probe
     except (ImportError, OSError) as e:  # OSError: the library is there and its loader refuses it
         return Check("onnxruntime", "failed", str(e), hint="pip install --force-reinstall onnxruntime")
-    return Check("onnxruntime", "ok", f"{onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}")
+    version, providers = probe()
+    return Check("onnxruntime", "ok", f"{version}: {', '.join(providers)}")
 
 
 def _extras() -> dict[str, list[str]]:

@@ -191,6 +191,7 @@ class _Scheduler:
         self._lock = threading.Lock()  # over _waiting and _stopping
         self._waiting: deque[_Job] = deque()
         self._stopping = False
+        self._bug: Exception | None = None
         self._active: list[_Task] = []
         self._idle: list[_Slot] = []  # the least recently used first
         self._opened = 0
@@ -207,7 +208,7 @@ class _Scheduler:
 
     def _check_room(self) -> None:
         if self._stopping:
-            raise EngineClosed(f"{self._name} was closed", hint="open the model again")
+            raise self._closed()
         running = sum(not task.job.left for task in self._active)
         waiting = sum(not job.left for job in self._waiting)
         if running + waiting >= self._model.slots + self._options.queue:
@@ -241,14 +242,13 @@ class _Scheduler:
         self._wake = asyncio.Event()
         self._work = asyncio.ensure_future(self._run())
         self._loop = asyncio.get_running_loop()  # from here on the other threads call
-        reason = EngineClosed(f"{self._name} was closed", hint="open the model again")
         try:
             await self._work
         except asyncio.CancelledError:
             pass  # by stop(), which does not wait for a remote model's answer
         except Exception as bug:  # our own; no reader may wait for ever because of it
-            reason.__cause__ = bug
-        self._end_all(reason)
+            self._bug = bug
+        self._end_all()
         await self._model.shutdown()
 
     async def _run(self) -> None:
@@ -310,12 +310,12 @@ class _Scheduler:
             self._active.append(filling)
         rows = [task.row(self._options.prefill_chunk) for task in tasks]
         try:
-            results = await self._model.forward(rows)
+            results = list(zip(tasks, rows, await self._model.forward(rows), strict=True))
         except Exception as error:
             for task in tasks:
                 await self._fail(task, error)
             return
-        for task, row, logits in zip(tasks, rows, results, strict=True):
+        for task, row, logits in results:
             await self._advance(task, row, logits)
 
     async def _advance(self, task: _Task, row: Row, logits: FloatArray) -> None:
@@ -340,13 +340,19 @@ class _Scheduler:
         with suppress(Exception):  # the caller gets the error that came first
             await self._model.close(task.slot.session)
 
-    def _end_all(self, reason: EngineClosed) -> None:
+    def _closed(self) -> EngineClosed:
+        what = "was closed" if self._bug is None else f"stopped working: {self._bug!r}"
+        error = EngineClosed(f"{self._name} {what}", hint="open the model again")
+        error.__cause__ = self._bug
+        return error
+
+    def _end_all(self) -> None:
         with self._lock:
             self._stopping = True
             jobs = [task.job for task in self._active] + list(self._waiting)
             self._active, self._waiting = [], deque()
         for job in jobs:
-            self._end(job, reason)
+            self._end(job, self._closed())
         self._post()
 
     def _end(self, job: _Job, error: Exception) -> None:

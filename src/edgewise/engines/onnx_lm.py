@@ -42,6 +42,11 @@ def set_threads(threads: int) -> None:
         )
 
 
+def probe() -> tuple[str, list[str]]:
+    """The runtime's version and the providers it was built with, for `doctor`."""
+    return ort.__version__, ort.get_available_providers()
+
+
 @dataclass
 class _Pool:
     """onnxruntime's global pool is fixed at its first use in a process."""

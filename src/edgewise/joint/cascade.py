@@ -20,6 +20,7 @@ from edgewise.errors import (
     RemoteBroken,
     RemoteError,
     RemoteTimeout,
+    RequestError,
     Unreachable,
 )
 from edgewise.joint import signals
@@ -151,8 +152,10 @@ class PredictorCascade:
     async def decide(
         self, inputs: Tensors, *, wish: Wish = "auto", deadline_ms: float | None = None
     ) -> tuple[Tensors, Decision]:
-        """`predict`, and by which route the answer came."""
+        """`predict`, and by which route the answer came. RequestError for a deadline that is not above 0."""
         deadline_ms = self.policy.deadline_ms if deadline_ms is None else deadline_ms
+        if deadline_ms is not None and not deadline_ms > 0:
+            raise RequestError(f"deadline_ms is {deadline_ms}, allowed is above 0", param="deadline_ms")
         now = asyncio.get_running_loop().time()
         cloud = self._cloud
         return await self._core.single(

@@ -345,8 +345,7 @@ class Course(Generic[T]):
 
     def _too_late(self, feed: Feed[T]) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"the deadline came {(self._end - self._started) * 1000:.0f} ms after the request, "
-            f"and the answer was not whole ({len(feed.items)} pieces were there)",
+            f"the request's deadline passed before the edge's answer was whole; {len(feed.items)} pieces were there",
             hint="allow more time or fewer tokens",
         )
 

@@ -47,7 +47,7 @@ _BY_RULE: Final = {
     PreTokenizer((_words(r"\p{N}{1,3}"),), whole_words=True, add_bos=True): (
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"
     ),
-    PreTokenizer((_words(r"\p{N}{1,3}"),)): "dbrx smaug-bpe glm4 chatglm-bpe",
+    PreTokenizer((_words(r"\p{N}{1,3}"),)): "dbrx smaug-bpe",
     PreTokenizer((_words(r"\p{N}"),)): "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan",
     PreTokenizer((_words(r"\p{N}", r"\p{L}\p{M}", marks=r"\p{L}\p{M}\p{N}"),)): "qwen35",
     PreTokenizer((_capital_words(r"\p{N}", ""),), whole_words=True, add_bos=True): "tekken",

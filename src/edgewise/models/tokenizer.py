@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -37,6 +37,7 @@ _TURN_ENDS = (
 )
 TURN_ENDS: Final = frozenset(_TURN_ENDS.split())
 
+MAX_ID: Final = 2**31 - 1
 MAX_TOKEN_CHARS: Final = 1024  # SentencePiece's merges look at every way to cut a token in two
 
 _SPACE: Final = "▁"  # SentencePiece's mark for a space
@@ -56,17 +57,20 @@ def _byte_characters() -> dict[str, int]:
 _BYTES: Final = _byte_characters()
 
 
+Id = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`tokenizer_config.json` of a bundle."""
 
     format: int
-    vocabulary: int  # highest token id + 1
+    vocabulary: Id  # highest token id + 1
     pieces: Literal["byte_level", "sentencepiece"]  # how the text of a token maps to bytes
-    bos: int | None
-    eos: int | None
+    bos: Id | None
+    eos: Id | None
     add_bos: bool
     add_eos: bool
-    stop: tuple[int, ...]  # ids that end an answer
+    stop: tuple[Id, ...]  # ids that end an answer
 
 
 class Tokenizer:
@@ -391,7 +395,10 @@ class _HuggingFace:
     def template(self) -> str | None:
         file = self.source / TEMPLATE
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_bytes().decode()
+            except UnicodeDecodeError as error:
+                raise SourceError(f"{file} is not UTF-8: {error}", hint="download it again") from error
         value = self.tokenizer.get("chat_template")
         if isinstance(value, list):
             named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
@@ -404,7 +411,8 @@ class _HuggingFace:
             return {}
         try:
             value = json.loads(file.read_bytes())
-        except ValueError as error:
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{file} is not JSON: {error}", hint="download it again") from error
         if not isinstance(value, dict):
             raise SourceError(f"{file} holds no JSON object", hint="download it again")
@@ -422,7 +430,8 @@ class _HuggingFace:
     def _listed(self, settings: Mapping[str, Any], name: str) -> list[int]:
         value = settings.get(f"{name}_token_id")
         listed = value if isinstance(value, list) else [value]
-        return [id for id in listed if isinstance(id, int) and self.core.id_to_token(id) is not None]
+        ids = [id for id in listed if isinstance(id, int) and 0 <= id <= MAX_ID]
+        return [id for id in ids if self.core.id_to_token(id) is not None]
 
     def _stop_ids(self, eos: int | None) -> tuple[int, ...]:
         added = self.core.get_added_tokens_decoder().items()
