@@ -20,7 +20,21 @@ from typing import Any
 import numpy as np
 from measurement import ROOT, figure, write
 
-ENGINES = ("edgewise-fast", "llama.cpp", "edgewise-stable")
+from edgewise.engines.decode import Decoder
+from edgewise.engines.onnx_lm import Mode, OnnxLM, set_threads
+from edgewise.models.download import ALIASES, packaged
+from edgewise.models.source import Activations, pull
+from edgewise.models.store import find
+from edgewise.models.tokenizer import Tokenizer
+from edgewise.types import Request
+
+PEER = "llama.cpp"
+OURS: dict[str, tuple[Mode, Activations]] = {
+    "edgewise fast": ("fast", "int8"),
+    "edgewise stable": ("stable", "int8"),
+    "edgewise fast, fp32 activations": ("fast", "fp32"),
+}
+ENGINES = ("edgewise fast", PEER, "edgewise stable", "edgewise fast, fp32 activations")
 HOME = ROOT / ".cache" / "edgewise"
 THREADS = 2
 
@@ -40,16 +54,17 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    prepare()
+    for activations in ("int8", "fp32"):
+        pull("smollm2-135m", home=HOME, name=f"bench-{activations}", activations=activations)
     turns: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for n in range(args.rounds):
         for engine in ENGINES:
             turns[engine].append(fresh_process(engine, args))
-            print(f"round {n + 1}/{args.rounds} {engine:16} {turns[engine][-1]}", file=sys.stderr)
+            print(f"round {n + 1}/{args.rounds} {engine:32} {turns[engine][-1]}", file=sys.stderr)
     results = {
         engine: {key: figure([t[key] for t in rounds], UNITS[key]) for key in UNITS} for engine, rounds in turns.items()
     }
-    ratios = {engine: against_llamacpp(turns, engine) for engine in ENGINES if engine != "llama.cpp"}
+    ratios = {engine: against_llamacpp(turns, engine) for engine in ENGINES if engine != PEER}
     path = write(
         "engines",
         results={"engines": results, "ratio_to_llama.cpp": ratios},
@@ -71,33 +86,20 @@ UNITS = {
 def against_llamacpp(turns: dict[str, list[dict[str, float]]], engine: str) -> dict[str, Any]:
     """Ratio of each round's pair, so that drift of the machine cancels."""
     return {
-        key: figure(
-            [ours[key] / peer[key] for ours, peer in zip(turns[engine], turns["llama.cpp"], strict=True)], "ratio"
-        )
+        key: figure([ours[key] / peer[key] for ours, peer in zip(turns[engine], turns[PEER], strict=True)], "ratio")
         for key in ("prefill_tok_s", "decode_tok_s")
     }
 
 
 def table(results: dict[str, Any], ratios: dict[str, Any]) -> str:
-    lines = [f"{'engine':18}" + "".join(f"{key:>18}" for key in UNITS)]
+    lines = [f"{'engine':34}" + "".join(f"{key:>18}" for key in UNITS)]
     lines += [
-        f"{engine:18}" + "".join(f"{row[key]['median']:18.2f}" for key in UNITS) for engine, row in results.items()
+        f"{engine:34}" + "".join(f"{row[key]['median']:18.2f}" for key in UNITS) for engine, row in results.items()
     ]
     for engine, row in ratios.items():
         parts = ", ".join(f"{key} {f['median']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for key, f in row.items())
         lines.append(f"{engine} / llama.cpp: {parts}")
     return "\n".join(lines)
-
-
-def prepare() -> None:
-    from edgewise.errors import UnknownModel
-    from edgewise.models.source import pull
-    from edgewise.models.store import find
-
-    try:
-        find("smollm2-135m", HOME)
-    except UnknownModel:
-        pull("smollm2-135m", home=HOME)
 
 
 def fresh_process(engine: str, args: argparse.Namespace) -> dict[str, float]:
@@ -112,23 +114,15 @@ def fresh_process(engine: str, args: argparse.Namespace) -> dict[str, float]:
 def turn(engine: str, prompt: int, new: int) -> dict[str, float]:
     ids = np.random.default_rng(1).integers(1000, 40000, prompt).tolist()
     start = time.perf_counter()
-    result = (
-        llamacpp(ids, new, start) if engine == "llama.cpp" else ours(engine.removeprefix("edgewise-"), ids, new, start)
-    )
+    result = llamacpp(ids, new, start) if engine == PEER else ours(*OURS[engine], ids, new, start)
     return {**result, "peak_rss_mb": peak_rss_mb()}
 
 
-def ours(mode: Any, ids: list[int], new: int, start: float) -> dict[str, float]:
-    from edgewise.engines.decode import Decoder
-    from edgewise.models.tokenizer import Tokenizer
-
-    from edgewise.engines.onnx_lm import OnnxLM, set_threads
-    from edgewise.models.store import find
-    from edgewise.types import Request
+def ours(mode: Mode, activations: Activations, ids: list[int], new: int, start: float) -> dict[str, float]:
 
     async def run() -> dict[str, float]:
         set_threads(THREADS)
-        bundle = find("smollm2-135m", HOME)
+        bundle = find(f"bench-{activations}", HOME)
         engine = Decoder(OnnxLM(bundle, mode=mode, slots=1, context=2048), Tokenizer.open(bundle.path))
 
         async def answer(ids: list[int], new: int) -> Any:
@@ -156,9 +150,7 @@ def ours(mode: Any, ids: list[int], new: int, start: float) -> dict[str, float]:
 
 def llamacpp(ids: list[int], new: int, start: float) -> dict[str, float]:
     """llama.cpp through xllamacpp: its own best defaults (flash attention auto, batch 2048/512), our thread count."""
-    import xllamacpp as x
-
-    from edgewise.models.download import ALIASES, packaged
+    import xllamacpp as x  # here, so that our own turns are measured without it
 
     params = x.CommonParams()
     params.model.path = str(packaged(ALIASES["smollm2-135m"], HOME, lambda what, done, total: None))

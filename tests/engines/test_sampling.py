@@ -128,3 +128,17 @@ def test_ruled_out_tokens_never_come_and_are_no_alternatives() -> None:
 def test_overflowed_logits_are_an_error_and_not_a_token(wrong: list[float], temperature: float) -> None:
     with pytest.raises(EngineError, match="highest logit"):
         Sampler(Sampling(temperature=temperature)).choose(np.array(wrong, np.float32))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_draw_over_many_tokens_is_where_the_running_sum_passes_the_random_number(top_p: float) -> None:
+    logits, n = normal(3000, 2.0), 200
+    probabilities = softmax(logits)
+    if top_p < 1:
+        kept = nucleus(probabilities, top_p)
+        probabilities = np.array([p if token in kept else 0.0 for token, p in enumerate(probabilities)])
+    running = probabilities.cumsum()
+    random = np.random.default_rng(9)
+    expected = [int(running.searchsorted(random.random() * running[-1], side="right")) for _ in range(n)]
+    sampler = Sampler(Sampling(temperature=1.0, top_p=top_p, seed=9))
+    assert [sampler.choose(logits).id for _ in range(n)] == expected

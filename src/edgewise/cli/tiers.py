@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -54,8 +55,18 @@ def listen(
     if key is None and not _is_loopback(settings.serve.host):
         note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
     generator = open_it(settings)
+    asyncio.run(_first_answer(generator))
     app = create_app(generator, models=("auto", *wishes, generator.name), route=route, key=key)
     run(app, settings.serve.host, settings.serve.port)
+
+
+async def _first_answer(generator: Generator) -> None:
+    """One token, before anyone is told that we are ready: the first answer of a process brings the weights into memory,
+    which takes a second or two that no user should wait. A model that cannot chat says so here."""
+    from edgewise.types import Message, Request
+
+    async for _ in generator.generate(Request((Message("user", "Hello"),), max_tokens=1, route="edge")):
+        pass
 
 
 def _is_loopback(host: str) -> bool:

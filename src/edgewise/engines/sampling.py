@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from edgewise.errors import EngineError
 from edgewise.types import FloatArray, Sampling
 
+_BLOCK = 256
 _NUCLEUS_GUESS = 1024  # ids that are sorted at first; only if they do not reach top_p is it the whole vocabulary
 
 
@@ -62,10 +64,11 @@ class Sampler:
             np.divide(shifted, self._temperature, out=mass)
             np.exp(mass, out=mass)
         point = self._random.random()
-        if self._top_p < 1:
-            nucleus = top_p_set(mass, self._top_p)
-            return int(nucleus[_pick(mass[nucleus], point)])
-        return _pick(mass, point)
+        if self._top_p == 1:
+            return _passed(mass, point * float(mass.sum()), "right")
+        nucleus = top_p_set(mass, self._top_p)
+        kept = mass[nucleus]
+        return int(nucleus[_passed(kept, point * float(kept.sum()), "right")])
 
     def _best(self, shifted: FloatArray, log_total: float) -> tuple[tuple[int, float], ...]:
         if not self._top:
@@ -80,25 +83,28 @@ class Sampler:
 def top_p_set(mass: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.intp]:
     """The fewest ids whose mass reaches `top_p` of the whole, ascending. Among equals the lower id is taken."""
     single = mass.astype(np.float32)  # sorts several times faster, and decides no more than the last few ids
-    goal = top_p * single.sum(dtype=np.float64)
-    heavy, reached = _heaviest(single, _NUCLEUS_GUESS)
-    if reached[-1] < goal:
-        heavy, reached = _heaviest(single, len(single))
-    count = min(int(reached.searchsorted(goal)) + 1, len(heavy))
+    goal = top_p * float(single.sum(dtype=np.float64))
+    heavy = np.partition(single, -_NUCLEUS_GUESS)[-_NUCLEUS_GUESS:] if len(single) > _NUCLEUS_GUESS else single
+    if heavy.sum(dtype=np.float64) < goal:
+        heavy = single
+    heavy = np.sort(heavy)[::-1]
+    count = _passed(heavy, goal, "left") + 1
     lightest = heavy[count - 1]
     ids = np.flatnonzero(single >= lightest)
     surplus = len(ids) - count
     return np.delete(ids, np.flatnonzero(single[ids] == lightest)[-surplus:]) if surplus else ids
 
 
-def _heaviest(mass: FloatArray, count: int) -> tuple[FloatArray, npt.NDArray[np.float64]]:
-    """The `count` largest masses, largest first, and their running sum."""
-    heavy = np.sort(np.partition(mass, -count)[-count:] if count < len(mass) else mass)[::-1]
-    return heavy, heavy.astype(np.float64).cumsum()
+def _passed(mass: npt.NDArray[np.floating], goal: float, side: Literal["left", "right"]) -> int:
+    """The index at which the running sum reaches (left) or exceeds (right) `goal`; never one without mass. A sum of
+    blocks first: running sums over a whole vocabulary would be the slowest part of a draw."""
+    blocks = np.add.reduceat(mass, np.arange(0, len(mass), _BLOCK), dtype=np.float64).cumsum()
+    block = _found(blocks, goal, side)
+    before = float(blocks[block - 1]) if block else 0.0
+    inside = mass[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    return block * _BLOCK + _found(inside, goal - before, side)
 
 
-def _pick(mass: npt.NDArray[np.float64], point: float) -> int:
-    """The index at which the running sum passes `point` (0 <= point < 1) of the whole; never one without mass."""
-    running = mass.cumsum()
-    last = running.searchsorted(running[-1])  # the product below can round up to the whole
-    return int(min(running.searchsorted(point * running[-1], side="right"), last))
+def _found(running: npt.NDArray[np.float64], goal: float, side: Literal["left", "right"]) -> int:
+    last = running.searchsorted(running[-1])  # rounding can put the goal beyond the end
+    return int(min(running.searchsorted(goal, side), last))
