@@ -25,6 +25,7 @@ bench: .venv/.dev
 
 docs: .venv/.dev
 	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/python scripts/figures.py
 
 .venv/.%: requirements/%.txt requirements/demo.txt requirements/run.txt pyproject.toml scripts/setup
 	scripts/setup "$(PYTHON)" $*

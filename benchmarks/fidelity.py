@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py [--tokens 2000] [--text FILE] [--json]
 
 Each bundle (exact weights with fp32 and int8 activations, requantized ones) and the reference see the same token ids.
-Needs the test environment (torch, transformers); the text is the project's own documentation unless a file is given.
+Needs the test environment (torch, transformers); the text is docs/formats/*.md unless a file is given.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def main() -> None:
     reference_perplexity = Perplexity()
     reference_perplexity.add(reference[:-1], ids[1:])
     rows = {"reference": {"perplexity": reference_perplexity.result()}, **rows}
-    settings = {"model": "smollm2-135m", "tokens": len(ids), "text": args.text.name if args.text else "docs/**/*.md"}
+    settings = {
+        "model": "smollm2-135m",
+        "tokens": len(ids),
+        "text": args.text.name if args.text else "docs/formats/*.md",
+    }
     path = write(
         "fidelity", results=rows, libraries=["onnxruntime", "transformers", "torch", "gguf"], settings=settings
     )
@@ -65,7 +69,7 @@ def main() -> None:
 
 def teacher(text: Path | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and the reference's logits for them, float32 [tokens, vocab]."""
-    files = [text] if text else [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    files = [text] if text else sorted((ROOT / "docs" / "formats").glob("*.md"))
     path = packaged(ALIASES["smollm2-135m"], HOME, lambda what, done, total: None)
     tokenizer = Tokenizer.open(bundle("tokenizer", {}).path)
     ids = np.array(tokenizer.encode("\n".join(f.read_text() for f in files))[:tokens])

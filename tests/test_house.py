@@ -143,8 +143,9 @@ def test_no_index_host_and_no_machine_path_is_written_down() -> None:
             assert found is None, f"{file}: {found}"
 
 
-def test_the_command_line_page_is_up_to_date() -> None:
-    code = "import cli_docs; print(cli_docs.PAGE.read_text() == cli_docs.page())"
+@pytest.mark.parametrize("script", ["cli_docs", "figures"])
+def test_generated_pages_are_up_to_date(script: str) -> None:
+    code = f"import {script} as made; print(made.PAGE.read_text() == made.page())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
     )

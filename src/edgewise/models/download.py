@@ -65,10 +65,11 @@ def fetch(source: str, home: Path, progress: Progress) -> Fetched:
     path = Path(source)
     if source and path.exists():
         return _local(path)
-    if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+    is_file_name = path.suffix == ".gguf" and ":" not in source
+    if is_file_name or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise SourceError(
             f"there is no file, directory or alias {source!r}",
-            hint=f"give a path, a Hub id (owner/name) or one of: {', '.join(ALIASES)}",
+            hint=f"give a path, a Hub id (owner/name or owner/name:file.gguf) or one of: {', '.join(ALIASES)}",
         )
     return _hub(source, progress)
 

@@ -1,0 +1,95 @@
+"""Fill the tables of docs/performance.md from the Measurement files; nobody retypes a number."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Measurement = dict[str, Any]
+Rows = Iterator[list[str]]
+
+
+def page() -> str:
+    return MARKED.sub(lambda m: m[1] + section(m[2]) + m[3], PAGE.read_text(encoding="utf-8"))
+
+
+def section(name: str) -> str:
+    measurement = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    head, *rows = TABLES[name](measurement)
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"\n{table}\n\n{provenance(measurement)}\n\n"
+
+
+def provenance(measurement: Measurement) -> str:
+    machine, versions = measurement["machine"], measurement["versions"]
+    return (
+        f"{measurement['kind'].capitalize()} {measurement['date'][:10]} by `{measurement['command']}` on "
+        f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['simd'])}); "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. "
+        f"[{measurement['name']}.json](../benchmarks/results/{measurement['name']}.json)"
+    )
+
+
+def engines(measurement: Measurement) -> Rows:
+    ratios = measurement["results"]["ratio_to_llama.cpp"]
+    figures = {"prefill_tok_s": "prefill", "decode_tok_s": "decode"}
+    yield ["engine", "prefill tok/s", "decode tok/s", "cold start s", "peak MB", "prefill ratio", "decode ratio"]
+    for name, row in measurement["results"]["engines"].items():
+        speeds = [f"{row[key]['median']:.0f}" for key in figures]
+        rest = [f"{row['cold_start_s']['median']:.2f}", f"{row['peak_rss_mb']['median']:.0f}"]
+        yield [name, *speeds, *rest, *(interval(ratios[name][key]) if name in ratios else "1" for key in figures)]
+
+
+def interval(figure: dict[str, Any]) -> str:
+    return f"{figure['median']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def fidelity(measurement: Measurement) -> Rows:
+    yield ["bundle", "mean KL, nats", "p99 KL", "top-1 agreement", "perplexity"]
+    for name, row in measurement["results"].items():
+        compared = [f"{row[key]:.2g}" for key in ("kl_mean", "kl_p99")] if "kl_mean" in row else ["", ""]
+        agreed = f"{row['top1_agreement']:.1%}" if "top1_agreement" in row else ""
+        yield [name, *compared, agreed, f"{row['perplexity']:.2f}"]
+
+
+def block_size(measurement: Measurement) -> Rows:
+    yield ["layers a block", "prefill tok/s", "decode tok/s"]
+    for layers, row in measurement["results"].items():
+        yield [layers, *(interval(row[key]) for key in ("prefill_tok_s", "decode_tok_s"))]
+
+
+def breaker(measurement: Measurement) -> Rows:
+    results = measurement["results"]
+    yield ["figure", "ms"]
+    for kind in ("whole", "streamed"):
+        for share, added in results[kind]["added_ms"].items():
+            yield [f"added to a {kind} answer, {share}", f"{added:.2f}"]
+    first = results["first_request"]
+    yield [f"first hard request, deadline {first['deadline_ms']:g} ms: {first['route']}", f"{first['took_ms']:.0f}"]
+
+
+TABLES: dict[str, Callable[[Measurement], Rows]] = {
+    "engines": engines,
+    "fidelity": fidelity,
+    "block_size": block_size,
+    "breaker": breaker,
+}
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
