@@ -206,6 +206,7 @@ class OpenAI:
         try:
             yield
         except VENDOR_ERRORS as e:
+            self._check_open()  # close() breaks the connections of what still runs
             ours, text = next((ours, text) for vendor, ours, text in ERRORS if isinstance(e, vendor))
             what = text.format(connect=self._timeout.connect, read=self._timeout.read)
             hint = "check that a server runs there" if ours is Unreachable else None
@@ -222,10 +223,13 @@ class OpenAI:
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
-    def _client(self) -> httpx2.AsyncClient:
-        """The connections of this event loop; those of loops that are gone are dropped."""
+    def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed(f"{self.name} was closed")
+
+    def _client(self) -> httpx2.AsyncClient:
+        """The connections of this event loop; those of loops that are gone are dropped."""
+        self._check_open()
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             self._clients = {kept: client for kept, client in self._clients.items() if not kept.is_closed()}
