@@ -30,7 +30,8 @@ def main() -> None:
     args = parser.parse_args()
     set_threads(THREADS)
     models = {
-        n: OnnxLM(pull("smollm2-135m", home=HOME, name=f"blocks-{n}", layers_per_block=n), slots=1) for n in SIZES
+        n: OnnxLM(pull("smollm2-135m", home=HOME, name=f"blocks-{n}", layers_per_block=n), slots=1, mode="fast")
+        for n in SIZES
     }
     asyncio.run(warm_up(models))
     prefill: dict[int, list[float]] = {n: [] for n in SIZES}

@@ -30,7 +30,7 @@ def test_flags_go_before_environment_before_file_before_default(tmp_path: Path, 
     assert loaded.settings.serve.port == 1003
     assert loaded.settings.serve.host == "::1"
     assert loaded.settings.threads == 3
-    assert loaded.settings.model.mode == "fast"
+    assert loaded.settings.model.mode == "stable"
     sources = {key: found.source for key, found in loaded.found.items()}
     assert sources["serve.port"] == "flag --port"
     assert sources["serve.host"] == "environment EDGEWISE_SERVE_HOST"

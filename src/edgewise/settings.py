@@ -99,7 +99,10 @@ class ModelSettings:
 
     name: str = _setting(DEFAULT_MODEL, _text, "bundle name, bundle directory or .gguf file", "--edge", "--model")
     mode: Literal["fast", "stable"] = _setting(
-        "fast", _choice("fast", "stable"), "numerics: fast, or stable (every row bit-equal however computed)", "--mode"
+        "stable",
+        _choice("fast", "stable"),
+        "numerics: stable (the same request gives the same answer), or fast (quicker, without that promise)",
+        "--mode",
     )
     slots: int = _setting(4, _whole(1, 256), "requests that run at once; each holds a KV cache")
     context: int | None = _setting(None, _whole(1, 1 << 24), "tokens of context; unset: the model's own")

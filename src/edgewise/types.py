@@ -49,6 +49,7 @@ class Request:
     route: Wish = "auto"
     deadline_ms: float | None = None  # counted from the call of generate()
     ignore_eos: bool = False  # benchmarks need an exact number of tokens
+    hops: int = 0  # nodes that it came through; tiers that ask each other in a circle are found by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time went, as the engine saw it."""
+    """Where the time went. A cascade counts from the request's arrival, waiting for the other tier included; only the
+    first token of a whole answer is when the tier that answered had it."""
 
     first_token_ms: float
     total_ms: float

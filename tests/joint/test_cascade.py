@@ -334,6 +334,8 @@ def test_a_dead_cloud_costs_one_request():
         seen = [await see(cascade, ask(deadline_ms=1000)) for _ in range(20)]
         clock[0] = 1.0
         far.answer = cloud().answer
+        seen.append(await see(cascade, ask()))  # the probe runs behind its back
+        await asyncio.sleep(1.0)
         return [*seen, await see(cascade, ask()), await see(cascade, ask(route="cloud"))]
 
     first, *others, back, last = run(many())
@@ -341,7 +343,7 @@ def test_a_dead_cloud_costs_one_request():
     assert {seen.way for seen in others} == {("edge_fallback", "breaker_open")}
     assert all(seen.total_s == pytest.approx(0.41) for seen in others)
     assert (back.way, last.way) == (("cloud", "unsure"), ("cloud", "asked"))
-    assert len(far.requests) == 3
+    assert len(far.requests) == 4
 
 
 def test_only_one_request_probes():
@@ -352,30 +354,67 @@ def test_only_one_request_probes():
     async def crowd():
         await see(cascade, ask())
         clock[0], far.answer = 1.0, cloud(start_delay_s=1.0).answer
-        return await asyncio.gather(*(see(cascade, ask()) for _ in range(10)))
+        seen = await asyncio.gather(*(see(cascade, ask()) for _ in range(10)))
+        assert len(far.requests) == 2
+        await asyncio.sleep(2.0)
+        return [*seen, await see(cascade, ask())]
 
-    ways = sorted(seen.way for seen in run(crowd()))
-    assert ways == [("cloud", "unsure")] + [("edge_fallback", "breaker_open")] * 9
+    *during, after = run(crowd())
+    assert {seen.way for seen in during} == {("edge_fallback", "breaker_open")}
+    assert all(seen.total_s == pytest.approx(0.41) for seen in during)  # nobody waited for the probe
+    assert after.way == ("cloud", "unsure")
 
 
-def test_a_caller_who_leaves_during_the_probe_leaves_it_to_the_next():
+@pytest.mark.parametrize("wish", ["cloud", "auto"])
+def test_who_has_no_edge_answer_probes_for_himself(wish):
+    clock = [0.0]
+    near, far = edge(), cloud(error=Unreachable("down"))
+    cascade = Cascade(near, far, breaker=Breaker(clock=lambda: clock[0]))
+
+    async def later():
+        await see(cascade, ask())
+        clock[0], far.answer = 1.0, cloud().answer
+        if wish == "auto":
+            near.answer = edge(error=EngineError("out of memory")).answer
+        return await see(cascade, ask(route=wish))
+
+    assert run(later()).way == ("cloud", {"cloud": "asked", "auto": "edge_failed"}[wish])
+
+
+def test_a_probe_of_a_dead_cloud_ends_by_itself():
     clock = [0.0]
     far = cloud(error=Unreachable("down"))
     cascade = Cascade(edge(), far, breaker=Breaker(clock=lambda: clock[0]))
 
-    async def leave():
+    async def probe():
         await see(cascade, ask())
         clock[0], far.answer = 1.0, cloud(hangs=True).answer
-        task = asyncio.create_task(see(cascade, ask()))
-        await asyncio.sleep(0.5)
+        assert (await see(cascade, ask())).total_s == pytest.approx(0.41)
         assert cascade.breaker.state == "half_open"
-        task.cancel()
-        await asyncio.wait([task])
+        await asyncio.sleep(cascade.policy.cloud.first_token_ms / 1000 + 1)
         assert cascade.breaker.state == "open"
-        clock[0], far.answer = 3.0, cloud().answer
+        clock[0], far.answer = 60.0, cloud().answer
+        await see(cascade, ask())
+        await asyncio.sleep(1.0)
         assert (await see(cascade, ask())).way == ("cloud", "unsure")
 
-    run(leave())
+    run(probe())
+
+
+def test_close_ends_a_probe():
+    clock = [0.0]
+    far = cloud(error=Unreachable("down"))
+    cascade = Cascade(edge(), far, breaker=Breaker(clock=lambda: clock[0]))
+
+    async def close():
+        await see(cascade, ask())
+        clock[0], far.answer = 1.0, cloud(hangs=True).answer
+        await see(cascade, ask())
+        await cascade.close()
+        await asyncio.sleep(0.2)
+        assert len(asyncio.all_tasks()) == 1
+
+    run(close())
 
 
 @pytest.mark.parametrize("stream", [False, True])

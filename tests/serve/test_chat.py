@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from edgewise.engines.fake import FakeGenerator, Script
+from edgewise.engines.openai import OpenAI
 from edgewise.errors import (
     ContextFull,
     DeadlineExceeded,
@@ -31,6 +32,7 @@ from edgewise.errors import (
     UnknownModel,
     Unreachable,
 )
+from edgewise.joint.cascade import Cascade
 from edgewise.serve.chat import Limits
 from edgewise.serve.errors import failure_of
 from edgewise.types import Chunk, Decision, Message, Request, Token
@@ -567,3 +569,31 @@ def test_the_generator_is_closed_with_the_server(serve: Serve) -> None:
     with Served(engine):
         assert not engine.closed
     assert engine.closed
+
+
+class Door(FakeGenerator):
+    """Leads to another generator, which is built when the address of this one is known."""
+
+    inner: Any = None
+
+    def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        return self.inner.generate(request)
+
+
+def test_a_node_that_is_its_own_cloud_still_answers(serve: Serve) -> None:
+    door, edge = Door(), FakeGenerator(Script.of("the edge's answer", logprob=-5.0))
+    served = serve(door)
+    door.inner = Cascade(edge, OpenAI(served.url))
+    with client(served) as it:
+        answer = it.chat.completions.create(model="auto", messages=HELLO)
+    assert answer.choices[0].message.content == "the edge's answer"
+    assert len(edge.requests) == Limits().hops + 1
+
+
+@pytest.mark.parametrize("hops", ["5", "-1", "x", "1e9"])
+def test_bad_hops_are_refused(serve: Serve, hops: str) -> None:
+    served = serve()
+    body = {"model": "auto", "messages": HELLO}
+    answer = httpx2.post(f"{served.url}/v1/chat/completions", json=body, headers={"x-edgewise-hops": hops})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-edgewise-hops"

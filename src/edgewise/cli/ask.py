@@ -54,7 +54,12 @@ def ask(
     ).settings
 
     from edgewise.cli.tiers import open_cascade
+    from edgewise.engines.answer import check_request
+    from edgewise.engines.base import Capabilities
     from edgewise.types import Message, Request, Sampling
+
+    if route == "cloud" and settings.cloud.url is None:
+        raise UsageError("--route cloud needs a cloud, and none is set", hint="--cloud URL names it")
 
     messages = [Message("system", system)] if system else []
     request = Request(
@@ -65,6 +70,7 @@ def ask(
         route=route,
         deadline_ms=deadline_ms,
     )
+    check_request(request, Capabilities())  # what no engine can do is refused before one is loaded
     chunks = asyncio.run(_answer(open_cascade(settings), request, show=not json))
     facts = _facts(chunks)
     if json:

@@ -68,6 +68,9 @@ def edgewise(
 
 
 def main() -> None:
+    for name in ("stdin", "stdout", "stderr"):  # closed by the caller: there is nothing to read, and nobody reads
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - for the process's life
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
     sys.exit(run(sys.argv[1:]))

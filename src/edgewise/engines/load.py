@@ -11,15 +11,18 @@ from edgewise.engines.decode import Decoder
 from edgewise.errors import SourceError
 from edgewise.models.store import find
 from edgewise.models.tokenizer import Tokenizer
+from edgewise.settings import ModelSettings
+
+DEFAULTS = ModelSettings()
 
 
 def open_generator(
     spec: str,
     *,
     home: Path,
-    mode: Literal["fast", "stable"] = "fast",
-    slots: int = 4,
-    context: int | None = None,
+    mode: Literal["fast", "stable"] = DEFAULTS.mode,
+    slots: int = DEFAULTS.slots,
+    context: int | None = DEFAULTS.context,
 ) -> Generator:
     """`spec` is the name or directory of a bundle, a .gguf file (run by llama.cpp), or the http(s) address of an
     OpenAI-compatible server; the other arguments hold where the model runs here. Whoever calls this closes it.

@@ -23,9 +23,11 @@ from edgewise.engines.base import Row
 from edgewise.errors import BundleError, ContextFull, EngineClosed, EngineError, GapError, Overloaded
 from edgewise.models.bundle import BlockEntry, Bundle
 from edgewise.models.card import Card
+from edgewise.settings import ModelSettings
 from edgewise.types import FloatArray, IdArray
 
 Mode = Literal["fast", "stable"]
+DEFAULTS = ModelSettings()
 CHUNK = 512  # most rows computed at once; longer ones are split here
 
 
@@ -131,7 +133,14 @@ class OnnxLM:
     `slots` sessions at once, each of up to `context` positions (default: what the model was trained for).
     """
 
-    def __init__(self, bundle: Bundle, *, mode: Mode = "fast", slots: int = 4, context: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        mode: Mode = DEFAULTS.mode,
+        slots: int = DEFAULTS.slots,
+        context: int | None = DEFAULTS.context,
+    ) -> None:
         card = bundle.card
         if context is not None and not 0 < context <= card.context:
             raise ContextFull(context, card.context)

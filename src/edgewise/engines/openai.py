@@ -330,7 +330,9 @@ async def _read(response: httpx2.Response, limit: int) -> bytes:
 
 def _wishes(request: Request, watch: Stopwatch) -> dict[str, str]:
     """What Edgewise nodes understand beyond OpenAI's body."""
-    wishes = {} if request.route == "auto" else {"x-edgewise-route": str(request.route)}
+    wishes = {"x-edgewise-hops": str(request.hops + 1)}
+    if request.route != "auto":
+        wishes["x-edgewise-route"] = request.route
     if request.deadline_ms is not None:
         wishes["x-request-deadline-ms"] = str(max(1, int(watch.remaining_s() * 1000)))
     return wishes

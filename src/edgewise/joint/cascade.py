@@ -27,7 +27,7 @@ from edgewise.joint import signals
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.core import Case, Core, Stats, Verdict, verdict
 from edgewise.joint.policy import Policy
-from edgewise.types import Chunk, Decision, Request, Wish
+from edgewise.types import Chunk, Decision, Request, Timings, Wish
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 
@@ -75,13 +75,18 @@ class Cascade:
 
     async def _answer(self, request: Request, arrived: float) -> AsyncGenerator[Chunk]:
         check_request(request, self._edge.can if request.route == "edge" else self.can)
-        sent, decision = 0, None
+        sent, decision, first_s = 0, None, 0.0
+        clock = asyncio.get_running_loop().time
         async with aclosing(self._core.run(self._case(request, arrived))) as pairs:
             try:
                 async for chunk, made in pairs:
-                    ends = decision is None or _is_last(chunk)
-                    decision = made
-                    yield replace(chunk, decision=made) if ends else chunk
+                    if decision is None:
+                        decision, first_s = made, clock() - arrived
+                        chunk = replace(chunk, decision=made)
+                    if _is_last(chunk):
+                        timings = _as_seen(chunk.timings, first_s if request.stream else None, clock() - arrived)
+                        chunk = replace(chunk, decision=made, timings=timings)
+                    yield chunk
                     sent += len(chunk.text)
             except Exception as error:
                 if decision is None or decision.route != "cloud":
@@ -182,6 +187,14 @@ class PredictorCascade:
         logits = answers[0].get("logits")
         read = {} if logits is None else signals.of_logits(logits)
         return verdict(self.policy, read, self.policy.whole.threshold)
+
+
+def _as_seen(timings: Timings | None, first_s: float | None, total_s: float) -> Timings | None:
+    """The tier's timings with the waiting around them that the caller saw."""
+    if timings is None:
+        return None
+    first_ms = timings.first_token_ms if first_s is None else first_s * 1000
+    return replace(timings, first_token_ms=first_ms, total_ms=total_s * 1000)
 
 
 def _is_last(chunk: Chunk) -> bool:

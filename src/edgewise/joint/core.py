@@ -210,6 +210,29 @@ class Core:
         feed.task.add_done_callback(self._tasks.discard)
         return feed
 
+    def probe(self, case: Case[T], ticket: Ticket) -> None:
+        """See whether the cloud is back, with this request but not for it: its caller has the edge's answer."""
+        task = asyncio.create_task(self._probe(case, ticket))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _probe(self, case: Case[T], ticket: Ticket) -> None:
+        assert case.cloud is not None, "there is no cloud to probe"
+        limit_s = self.policy.cloud.first_token_ms / 1000
+        feed = self.open(case.cloud(limit_s), case.ends)
+        try:
+            if await feed.has(1, asyncio.get_running_loop().time() + limit_s):
+                self.breaker.succeed(ticket)
+            else:
+                self.breaker.fail(ticket, Unreachable("the cloud says that it is not available"))
+        except Late:
+            self.breaker.fail(ticket, RemoteTimeout(f"the cloud sent nothing within {limit_s:g} s"))
+        except Exception as error:  # whatever a tier raises is its answer
+            self.breaker.fail(ticket, error)
+        finally:
+            feed.cancel()
+            self.breaker.drop(ticket)
+
     async def close(self) -> None:
         """End all requests: their callers get EngineClosed."""
         self._closed = True
@@ -340,7 +363,8 @@ class Course(Generic[T]):
         """The cloud may answer where the edge failed, but not where the request is wrong for both."""
         if isinstance(error, UsageError) or (isinstance(error, RequestError) and not isinstance(error, ContextFull)):
             raise error
-        logger.warning("the edge failed, the cloud is asked: %r", error)
+        if self._case.cloud is not None:
+            logger.warning("the edge failed, the cloud is asked: %r", error)
         return Verdict(None, Reason.EDGE_FAILED)
 
     def _too_late(self, feed: Feed[T]) -> DeadlineExceeded:
@@ -364,6 +388,9 @@ class Course(Generic[T]):
         if self._ticket is None:
             retry_s = core.breaker.retry_in_s
             return Reason.BREAKER_OPEN, Unreachable(f"the cloud failed and is not tried again for {retry_s:.1f} s")
+        if core.breaker.state == "half_open" and self._edge_stands():
+            core.probe(case, self._ticket)
+            return Reason.BREAKER_OPEN, Unreachable("the cloud failed and is being tried again meanwhile")
         try:
             self._cloud = core.open(case.cloud(None if until == math.inf else until - self._asked_at), case.ends)
             if not await self._cloud_ready(until):
@@ -377,6 +404,11 @@ class Course(Generic[T]):
             core.breaker.drop(self._ticket)
             core.stats.escalations += 1
             core.stats.escalation_s += self._loop.time() - self._asked_at
+
+    def _edge_stands(self) -> bool:
+        """Whether the edge has something to answer with, so that nobody has to wait for a cloud that may be dead."""
+        edge = self._edge
+        return self._case.wish == "auto" and edge is not None and edge.error is None and bool(edge.items)
 
     async def _cloud_ready(self, until: float) -> bool:
         """Wait for an item that shows something (streamed) or for the end. False for a tier that ends without an item,

@@ -71,7 +71,8 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        return self.manifest.name
+        """What it is called here: its directory, which its user may have renamed."""
+        return self.path.resolve().name
 
     @property
     def bytes(self) -> int:

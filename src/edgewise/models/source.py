@@ -77,7 +77,8 @@ def pull(
     SourceError, UnsupportedModel, LicenceError; Unreachable if a download fails."""
     report = progress or (lambda what, done, total: None)
     fetched = download.fetch(source, home, report)
-    name = name or fetched.name + (f"-{requantize}" if requantize else "")
+    if name is None:
+        name = fetched.name + (f"-{requantize}" if requantize else "")
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} is no bundle name", hint="letters, digits, '.', '_' and '-', beginning with a letter or digit"

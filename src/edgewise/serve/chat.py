@@ -47,6 +47,7 @@ class Limits:
     ping_s: float = 10.0  # a silent stream shows this often that it is alive
     send_s: float = 120.0  # until a client must have taken what we send it
     deadline_ms: float = 86_400_000.0  # the longest that may be asked for
+    hops: int = 4  # nodes that a request may have come through
 
 
 class Chat:
@@ -99,6 +100,7 @@ class Chat:
         request = body.request(
             route=self._route(http.headers, body.model),
             deadline_ms=read_deadline_ms(http.headers, self._limits.deadline_ms),
+            hops=read_hops(http.headers, self._limits.hops),
         )
         answer = self._stream(body, request, exchange) if request.stream else self._whole(body, request, exchange)
         await until_left(http.receive, answer)
@@ -261,6 +263,17 @@ def read_deadline_ms(headers: Headers, most: float) -> float | None:
             param="x-request-deadline-ms",
         )
     return value
+
+
+def read_hops(headers: Headers, most: int) -> int:
+    text = headers.get("x-edgewise-hops", "0")
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) > most:
+        raise RequestError(
+            f"x-edgewise-hops is {text[:100]!r}, allowed is a number from 0 to {most}",
+            param="x-edgewise-hops",
+            hint="nodes that are each other's cloud would ask for ever; give the last one no --cloud",
+        )
+    return int(text)
 
 
 async def read_body(http: HttpRequest, limits: Limits) -> bytes:

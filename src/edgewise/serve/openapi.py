@@ -41,6 +41,7 @@ def _chat() -> dict[str, Any]:
     refusals = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
     headers = [
         _header("x-edgewise-route", {"enum": list(WISHES)}),
+        _header("x-edgewise-hops", {"type": "string", "pattern": r"^[0-4]$"}),
         _header("x-request-deadline-ms", {"type": "string", "pattern": r"^[0-9]{1,7}(\.[0-9]{1,3})?$"}),
     ]
     operation = _operation("An answer to a conversation, whole or as a stream.", answers, refusals)

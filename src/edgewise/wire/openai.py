@@ -129,7 +129,7 @@ class ChatBody(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=T
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def request(self, *, route: Wish = "auto", deadline_ms: float | None = None) -> Request:
+    def request(self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0) -> Request:
         """The same wish in our own terms. Where the body is silent, the defaults of `types` hold."""
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return Request(
@@ -147,6 +147,7 @@ class ChatBody(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=T
             route=route,
             deadline_ms=deadline_ms,
             ignore_eos=bool(self.ignore_eos),
+            hops=hops,
         )
 
 
