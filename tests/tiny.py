@@ -73,7 +73,9 @@ def save_hf(model: PreTrainedModel, directory: Path, dtype: torch.dtype = torch.
     return directory
 
 
-def save_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType) -> Path:
+def save_gguf(
+    model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, yarn_attn_factor: float | None = None
+) -> Path:
     """The model as a GGUF file of that type. The model's own matrices are replaced by the dequantized ones."""
     config, arch = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -86,6 +88,8 @@ def save_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationTyp
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     _add_rope_scaling(writer, model)
+    if yarn_attn_factor is not None:
+        writer.add_rope_scaling_attn_factors(yarn_attn_factor)
     _add_tokenizer(writer)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -99,9 +99,10 @@ def test_unknown_keys_are_refused(bundle: Bundle) -> None:
         Bundle.open(bundle.path)
 
 
-def test_gaps_between_blocks_are_refused(bundle: Bundle) -> None:
+@pytest.mark.parametrize(("key", "by"), [("last", -1), ("last", 1), ("first", -5), ("first", 1)])
+def test_gaps_between_blocks_are_refused(bundle: Bundle, key: str, by: int) -> None:
     graphs = msgspec.to_builtins(bundle.manifest.graphs)
-    graphs["blocks"][0]["last"] -= 1
+    graphs["blocks"][0][key] += by
     edit(bundle, graphs=graphs)
     with pytest.raises(BundleError, match="each once, in order"):
         Bundle.open(bundle.path)

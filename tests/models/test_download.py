@@ -50,7 +50,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[st
                 etag = hashlib.sha1(data).hexdigest()
                 self._send(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})
             else:
-                self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+                known = path.startswith(f"/{REPO}/")
+                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"})
 
         do_HEAD = do_GET
 
@@ -106,7 +107,8 @@ def test_one_gguf_file_of_a_hub_model(hub: tuple[str, list[str]], tmp_path: Path
     [
         ("someone/absent", 3, "no model 'someone/absent'"),
         ("someone/gated", 2, "accept them there and set HF_TOKEN"),
-        (f"{REPO}:absent.gguf", 3, "absent.gguf"),
+        (f"{REPO}:absent.gguf", 3, "has no file 'absent.gguf'"),
+        ("some--one/x", 3, "is no Hub id"),
     ],
 )
 def test_what_the_hub_refuses(hub: tuple[str, list[str]], tmp_path: Path, source: str, code: int, words: str) -> None:

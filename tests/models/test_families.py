@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from edgewise.engines.base import Row
 from edgewise.engines.onnx_lm import OnnxLM
-from edgewise.errors import SourceError, UnsupportedModel
+from edgewise.errors import ModelError, SourceError, UnsupportedModel
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
 from tiny import VOCAB, save_gguf, save_hf, tiny
@@ -158,3 +159,39 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         pull(str(directory), home=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": "x"},
+        {"rms_norm_eps": "x"},
+        {"rms_norm_eps": float("nan")},
+        {"num_key_value_heads": [1]},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": None},
+        {"vocab_size": -1},
+        {"rope_parameters": "yarn"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "longrope"}},
+        {"hidden_act": "relu"},
+    ],
+    ids=str,
+)
+def test_a_bad_config_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    directory = save_hf(tiny("llama"), tmp_path / "hf")
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ModelError):
+        pull(str(directory), home=tmp_path)
+    assert not list((tmp_path / "bundles").glob("*"))
+
+
+def test_the_yarn_factor_of_a_gguf_multiplies(tmp_path: Path) -> None:
+    model = tiny("llama", rope_parameters=YARN)
+    plain = pull(str(save_gguf(model, tmp_path / "a.gguf", gguf.GGMLQuantizationType.F32)), home=tmp_path)
+    doubled = save_gguf(model, tmp_path / "b.gguf", gguf.GGMLQuantizationType.F32, yarn_attn_factor=2.0)
+    assert pull(str(doubled), home=tmp_path).card.rope.attention_factor == pytest.approx(
+        2 * plain.card.rope.attention_factor
+    )

@@ -579,6 +579,9 @@ class Door(FakeGenerator):
     def generate(self, request: Request) -> AsyncIterator[Chunk]:
         return self.inner.generate(request)
 
+    async def close(self) -> None:
+        await self.inner.close()
+
 
 def test_a_node_that_is_its_own_cloud_still_answers(serve: Serve) -> None:
     door, edge = Door(), FakeGenerator(Script.of("the edge's answer", logprob=-5.0))

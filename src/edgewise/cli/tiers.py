@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgewise.joint.cascade import Cascade
     from edgewise.joint.policy import Policy
     from edgewise.settings import RouteSettings, Settings
-    from edgewise.types import Route
+    from edgewise.types import Route, Wish
 
 
 def open_model(settings: Settings) -> Generator:
@@ -55,17 +55,17 @@ def listen(
     if key is None and not _is_loopback(settings.serve.host):
         note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
     generator = open_it(settings)
-    asyncio.run(_first_answer(generator))
+    asyncio.run(_first_answer(generator, "edge" if "edge" in wishes else "auto"))
     app = create_app(generator, models=("auto", *wishes, generator.name), route=route, key=key)
     run(app, settings.serve.host, settings.serve.port)
 
 
-async def _first_answer(generator: Generator) -> None:
+async def _first_answer(generator: Generator, route: Wish) -> None:
     """One token, before anyone is told that we are ready: the first answer of a process brings the weights into memory,
     which takes a second or two that no user should wait. A model that cannot chat says so here."""
     from edgewise.types import Message, Request
 
-    async for _ in generator.generate(Request((Message("user", "Hello"),), max_tokens=1, route="edge")):
+    async for _ in generator.generate(Request((Message("user", "Hello"),), max_tokens=1, route=route)):
         pass
 
 

@@ -205,6 +205,8 @@ class OnnxLM:
         self._closed = True
         self._open.clear()
         self._free.clear()
+        for weights in ("_embed", "_blocks", "_head", "_logits"):  # memory goes now, whoever still holds this object
+            self.__dict__.pop(weights, None)
 
     def _check_alive(self) -> None:
         if self._closed:

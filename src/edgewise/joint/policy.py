@@ -172,7 +172,8 @@ class Policy(_Part, frozen=True):
 
     @staticmethod
     def default() -> Policy:
-        """The policy that ships with the package, fitted for the default edge model."""
+        """The policy that ships with the package, fitted for the demo's edge model (`fitted.edge`); another
+        edge escalates another share."""
         return _default()
 
     @staticmethod

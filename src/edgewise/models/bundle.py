@@ -152,8 +152,9 @@ def _check_graphs(bundle: Bundle) -> None:
     graphs = bundle.manifest.graphs
     for file in (graphs.embed, graphs.head, *(b.file for b in graphs.blocks)):
         bundle.file(file)
-    layers = [n for block in graphs.blocks for n in range(max(block.first, 0), min(block.last, bundle.card.layers) + 1)]
-    if layers != list(range(bundle.card.layers)):
+    starts = [0, *(block.last + 1 for block in graphs.blocks)]
+    follow = all(start == block.first <= block.last for start, block in zip(starts, graphs.blocks, strict=False))
+    if not follow or starts[-1] != bundle.card.layers:
         raise BundleError(
             f"the blocks of {bundle.name!r} are not layers 0..{bundle.card.layers - 1}, each once, in order",
             hint=_AGAIN,

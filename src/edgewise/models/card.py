@@ -3,6 +3,7 @@ no other file asks for a family's name."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,6 +62,9 @@ class Card:
         bad = {name: size for name, size in sizes.items() if type(size) is not int or not 0 < size < 1 << 31}
         if bad:
             raise BundleError(f"the model card has impossible sizes: {bad}", hint="sizes are whole numbers above 0")
+        numbers = (self.norm_eps, self.rope.attention_factor, *self.rope.inverse_frequencies)
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise BundleError("the norm's epsilon or the rotary frequencies are not finite numbers of 0 or more")
         if self.heads % self.kv_heads:
             raise BundleError(f"{self.heads} heads cannot share {self.kv_heads} kv heads evenly")
         if len(self.rope.inverse_frequencies) * 2 != self.head_dim:

@@ -141,7 +141,14 @@ def _local(path: Path) -> Fetched:
 def _hub(source: str, progress: Progress) -> Fetched:
     """huggingface_hub honours HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, resumes, and names the commit in the path."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     repo, _, file = source.partition(":")
     progress(f"downloading {source}", 0, 1)
@@ -160,11 +167,21 @@ def _hub(source: str, progress: Progress) -> Fetched:
         raise SourceError(
             f"the Hub has no model {repo!r} (or it is private)", hint="check the id; set HF_TOKEN for private models"
         ) from e
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise Unreachable(
-            f"{source} could not be downloaded: {str(e).splitlines()[0]}",
-            hint="check the network, or HF_ENDPOINT and HF_HUB_OFFLINE",
-        ) from e
+    except HFValidationError as e:
+        raise SourceError(f"{repo!r} is no Hub id: {e}", hint="an id is owner/name") from e
+    except LocalEntryNotFoundError as e:
+        raise _no_hub(source, e) from e
+    except EntryNotFoundError as e:
+        raise SourceError(f"{repo} has no file {file!r}", hint="look at the model's files on the Hub") from e
+    except (HfHubHTTPError, OSError) as e:
+        raise _no_hub(source, e) from e
     progress(f"downloading {source}", 1, 1)
     name = (Path(file).stem if file else repo.split("/")[1]).lower()
     return Fetched(path, name, {"origin": source, "revision": commit})
+
+
+def _no_hub(source: str, error: Exception) -> Unreachable:
+    return Unreachable(
+        f"{source} could not be downloaded: {str(error).splitlines()[0]}",
+        hint="check the network, or HF_ENDPOINT and HF_HUB_OFFLINE",
+    )

@@ -1,4 +1,4 @@
-"""A GGUF file as a model source. Weights are repacked bit by bit; no value changes."""
+"""A GGUF file as a model source. Codes and scales are repacked bit by bit; no value changes beyond float32 rounding."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ ARCHITECTURES = {
     "llama": Architecture(interleaved_rope=True),
     "qwen2": Architecture(interleaved_rope=False),
 }
+ROPE_SCALING = {  # field of `{architecture}.rope.scaling` to key of config.json; "" has no part in the frequencies
+    "type": "",
+    "finetuned": "",
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 IGNORED_TENSORS = {"rope_freqs.weight"}  # read into the card
 
 
@@ -61,7 +70,10 @@ class GGUFSource:
         self._architecture = ARCHITECTURES[name]
         self.types = Counter(t.type for t in self._file.tensors.values() if len(t.shape) == 2)
         self._refuse_unknown_types()
-        self.card = self._card()
+        try:
+            self.card = self._card()
+        except (TypeError, ValueError, ArithmeticError) as e:
+            raise SourceError(f"the fields of {path.name} make no model: {e}", hint="take another conversion") from e
 
     @property
     def licence_id(self) -> str | None:
@@ -143,14 +155,14 @@ class GGUFSource:
         scaling: dict[str, Any] = {"rope_type": self._optional(f"{p}.rope.scaling.type", str) or "default"}
         if scaling["rope_type"] == "none":
             scaling["rope_type"] = "default"
-        for key, ours in (
-            ("factor", "factor"),
-            ("original_context_length", "original_max_position_embeddings"),
-            ("attn_factor", "attention_factor"),
-        ):
-            value = self._file.fields.get(f"{p}.rope.scaling.{key}")
-            if value is not None:
-                scaling[ours] = value
+        for key, value in self._file.fields.items():
+            name = key.removeprefix(f"{p}.rope.scaling.")
+            if name != key and name not in ROPE_SCALING:
+                raise UnsupportedModel(f"the RoPE scaling field {key!r} is not supported", hint=LLAMACPP)
+            if name != key and ROPE_SCALING[name]:
+                scaling[ROPE_SCALING[name]] = value
+        if "attention_factor" in scaling:  # here it multiplies YaRN's own factor; in config.json it replaces it
+            scaling["attention_factor"] *= rope.yarn_scale(float(scaling.get("factor", 1)))
         return rope.from_config(theta, dims, self._count("context_length"), scaling)
 
     def _halves(self, heads: int) -> IdArray:

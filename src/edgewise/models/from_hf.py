@@ -54,7 +54,10 @@ class HuggingFaceSource:
         self._refuse_unsupported()
         self._files = self._index()
         self._used: set[str] = set()
-        self.card = self._card()
+        try:
+            self.card = self._card()
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
+            raise SourceError(f"config.json of {path.name} holds a value that makes no model: {e}") from e
         self.types: Counter[str] = Counter()
 
     @property

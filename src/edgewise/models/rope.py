@@ -29,12 +29,12 @@ def from_config(theta: float, dims: int, context: int, scaling: Mapping[str, Any
         return _rope(frequencies)
     try:
         if kind == "linear":
-            return _rope(np.asarray(frequencies / np.float32(scaling["factor"]), dtype=np.float32))
+            return _rope(np.asarray(frequencies * (1 / float(scaling["factor"])), dtype=np.float32))
         if kind == "llama3":
             return _rope(_llama3(frequencies, scaling))
         if kind == "yarn":
             return _yarn(frequencies, theta, dims, context, scaling)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise UnsupportedModel(f"RoPE scaling {dict(scaling)!r} lacks or has a bad value for {e}") from e
     raise UnsupportedModel(
         f"RoPE scaling of kind {kind!r} is not supported (known: default, linear, llama3, yarn)",
@@ -78,12 +78,14 @@ def _yarn(frequencies: FloatArray, theta: float, dims: int, context: int, scalin
     return _rope(blended.astype(np.float32), _yarn_factor(factor, scaling))
 
 
-def _yarn_factor(factor: float, scaling: Mapping[str, Any]) -> float:
-    def scale(factor: float, mscale: float = 1.0) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's factor on cos and sin for a context longer by `factor`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
+
+def _yarn_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return scale(factor, float(scaling["mscale"])) / scale(factor, float(scaling["mscale_all_dim"]))
-    return scale(factor)
+        return yarn_scale(factor, float(scaling["mscale"])) / yarn_scale(factor, float(scaling["mscale_all_dim"]))
+    return yarn_scale(factor)
