@@ -50,6 +50,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """As typed, but of files elsewhere only the name: a Measurement says nothing of the disk that it was made on."""
+    arguments = [Path(a).name if Path(a).is_absolute() or a.startswith("..") else a for a in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+
+
 def write(
     name: str, *, results: dict[str, Any], libraries: Sequence[str], settings: dict[str, Any], kind: str = "measured"
 ) -> Path:
@@ -59,7 +65,7 @@ def write(
     measurement = {
         "format": 1,
         "name": name,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
