@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +31,33 @@ from edgewise.joint.policy import Policy
 from edgewise.types import Chunk, Decision, Request, Timings, Wish
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
+Tier = TypeVar("Tier", Generator, Predictor)
 
 
-class Cascade:
+class _Tiers(Generic[Tier]):
+    """What both cascades are made of: an edge, perhaps a cloud, and the core that decides between them."""
+
+    def __init__(self, edge: Tier, cloud: Tier | None, policy: Policy, breaker: Breaker | None, name: str) -> None:
+        self.name = name
+        self.policy = policy
+        self.breaker = breaker or Breaker()
+        self._edge: Tier = edge
+        self._cloud: Tier | None = cloud
+        self._core = Core(self.policy, self.breaker)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts for metrics; `breaker.state` stands beside them."""
+        return self._core.stats
+
+    async def close(self) -> None:
+        await self._core.close()
+        await self._edge.close()
+        if self._cloud is not None:
+            await self._cloud.close()
+
+
+class Cascade(_Tiers[Generator]):
     """A Generator over two. The edge answers; where it is not sure enough, the cloud does; where the cloud does not
     deliver in time, the edge's answer stands. The first and the last chunk carry the same Decision.
 
@@ -51,27 +76,11 @@ class Cascade:
         *,
         name: str = "auto",
     ) -> None:
-        self.name = name
+        super().__init__(edge, cloud, policy or Policy.default(), breaker, name)
         self.can = edge.can if cloud is None else _both(edge.can, cloud.can)
-        self.policy = policy or Policy.default()
-        self.breaker = breaker or Breaker()
-        self._edge = edge
-        self._cloud = cloud
-        self._core = Core(self.policy, self.breaker)
-
-    @property
-    def stats(self) -> Stats:
-        """Counts for metrics; `breaker.state` stands beside them."""
-        return self._core.stats
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         return self._answer(request, asyncio.get_running_loop().time())
-
-    async def close(self) -> None:
-        await self._core.close()
-        await self._edge.close()
-        if self._cloud is not None:
-            await self._cloud.close()
 
     async def _answer(self, request: Request, arrived: float) -> AsyncGenerator[Chunk]:
         check_request(request, self._edge.can if request.route == "edge" else self.can)
@@ -126,7 +135,7 @@ class Cascade:
         return sum(len(chunk.tokens) for chunk in chunks) >= self.policy.early.tokens
 
 
-class PredictorCascade:
+class PredictorCascade(_Tiers[Predictor]):
     """A Predictor over two. The confidence is the greatest softmax probability of `logits`, of a batch that of its
     least confident row: the whole batch goes one way. The tensors returned are the very ones that the tier gave."""
 
@@ -139,17 +148,7 @@ class PredictorCascade:
         *,
         name: str = "auto",
     ) -> None:
-        self.name = name
-        self.policy = policy or Policy.softmax(0.8)
-        self.breaker = breaker or Breaker()
-        self._edge = edge
-        self._cloud = cloud
-        self._core = Core(self.policy, self.breaker)
-
-    @property
-    def stats(self) -> Stats:
-        """Counts for metrics; `breaker.state` stands beside them."""
-        return self._core.stats
+        super().__init__(edge, cloud, policy or Policy.softmax(0.8), breaker, name)
 
     async def predict(self, inputs: Tensors) -> Tensors:
         return (await self.decide(inputs))[0]
@@ -176,12 +175,6 @@ class PredictorCascade:
                 deadline=None if deadline_ms is None else now + deadline_ms / 1000,
             )
         )
-
-    async def close(self) -> None:
-        await self._core.close()
-        await self._edge.close()
-        if self._cloud is not None:
-            await self._cloud.close()
 
     def _judge(self, answers: Sequence[Tensors], whole: bool) -> Verdict:
         logits = answers[0].get("logits")

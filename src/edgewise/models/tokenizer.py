@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -196,7 +197,7 @@ def write_from_gguf(gguf: GGUF, directory: Path) -> None:
     _write(directory, core.to_str(), vocabulary.config(), template if isinstance(template, str) else None)
 
 
-class _Vocabulary:
+class _Vocabulary(ABC):
     """The `tokenizer.ggml.*` fields of a GGUF file, checked. What is missing is what llama.cpp takes it to be."""
 
     pieces: Literal["byte_level", "sentencepiece"]
@@ -216,8 +217,9 @@ class _Vocabulary:
             raise self.broken(f"has a token of {len(longest)} characters, at most {MAX_TOKEN_CHARS} are allowed")
         self.types = self.numbers("token_type") if "tokenizer.ggml.token_type" in self.fields else None
 
+    @abstractmethod
     def core(self) -> Core:
-        raise NotImplementedError
+        """The tokenizer of this vocabulary."""
 
     def broken(self, what: str) -> SourceError:
         return SourceError(f"the tokenizer of {self.file} {what}", hint="the file is damaged: download it again")
