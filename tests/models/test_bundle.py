@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -23,7 +26,7 @@ from edgewise.errors import (
 )
 from edgewise.models.bundle import MANIFEST, Bundle
 from edgewise.models.source import pull
-from edgewise.models.store import find, list_bundles, remove
+from edgewise.models.store import find, list_bundles, making, remove
 from tiny import save_gguf, save_hf, tiny
 
 
@@ -154,6 +157,85 @@ def test_pull_replaces_a_bundle_of_the_same_name(bundle: Bundle, source: Path, t
     assert again.path == bundle.path
     assert [b.manifest.quantization["weights"] for b in list_bundles(tmp_path)] == ["int8"]
     assert [p.name for p in (tmp_path / "bundles").iterdir()] == ["tiny"]
+
+
+def others(home: Path) -> list[str]:
+    """What lies in the store beside its bundles."""
+    return [p.name for p in (home / "bundles").iterdir() if p.name.startswith(".")]
+
+
+def test_a_second_pull_of_one_name_says_so(bundle: Bundle, source: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def meanwhile(what: str, done: int, total: int) -> None:
+        for act in (lambda: pull(str(source), home=tmp_path), lambda: remove("tiny", tmp_path)):
+            with pytest.raises(BundleError, match=r"another pull or rm is at work on 'tiny' \(wait"):
+                act()
+        assert find("tiny", tmp_path) == bundle  # the old one stays until the new one is whole
+        pull(str(source), home=tmp_path, name="other")
+        seen.append(what)
+
+    pull(str(source), home=tmp_path, progress=meanwhile)
+    assert seen
+    assert [b.name for b in list_bundles(tmp_path)] == ["other", "tiny"]
+    assert others(tmp_path) == []
+
+
+def test_two_threads_pull_one_name(source: Path, tmp_path: Path) -> None:
+    def attempt(_: int) -> str:
+        try:
+            return pull(str(source), home=tmp_path).name
+        except BundleError as error:
+            return error.message
+
+    with ThreadPoolExecutor(4) as pool:
+        said = set(pool.map(attempt, range(8)))
+    assert "tiny" in said
+    assert said <= {"tiny", "another pull or rm is at work on 'tiny'"}
+    Bundle.open(tmp_path / "bundles/tiny")
+    assert others(tmp_path) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from edgewise.models import source, store
+moment = sys.argv[3]
+if moment == "making":
+    source.write_manifest = lambda *a, **k: os._exit(9)
+if moment == "swapping":
+    whole = Path.rename
+    Path.rename = lambda self, target: whole(self, target) if target.suffix == ".replaced" else os._exit(9)
+if moment == "removing":
+    store.shutil.rmtree = lambda path, **k: os._exit(9) if Path(path).exists() else None
+    store.remove("tiny", Path(sys.argv[2]))
+source.pull(sys.argv[1], home=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["making", "swapping", "removing"])
+def test_what_a_killed_process_leaves_is_cleared(moment: str, bundle: Bundle, source: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(source), str(tmp_path), moment], timeout=60)
+    assert done.returncode == 9
+    assert others(tmp_path)
+    with making("tiny", tmp_path) as work:  # the next to take the name finds the old bundle, unless it was removed
+        assert bundle.path.exists() == (moment != "removing")
+        work.mkdir()
+    assert others(tmp_path) == []
+    pull(str(source), home=tmp_path)
+    assert others(tmp_path) == []
+    Bundle.open(bundle.path)
+
+
+def test_a_bundle_that_cannot_be_made_leaves_the_old_one(bundle: Bundle, source: Path, tmp_path: Path) -> None:
+    def full(what: str, done: int, total: int) -> None:
+        if done:
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        pull(str(source), home=tmp_path, progress=full)
+    assert Bundle.open(bundle.path) == bundle
+    assert others(tmp_path) == []
 
 
 def test_truncated_gguf(source: Path, tmp_path: Path) -> None:

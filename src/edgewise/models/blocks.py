@@ -20,8 +20,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgewise.models.card import Card
-from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized, stack
+from edgewise.models.card import Activation, Card
+from edgewise.models.weights import Dense, Matrix, Quantized, stack
 from edgewise.types import FloatArray
 
 OPSET = 21
@@ -35,14 +35,16 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer's weights. Matrices are [outputs, inputs]; a missing bias is None."""
+    """One decoder layer's weights. Matrices are [outputs, inputs]; a missing norm or bias is None.
 
-    attention_norm: FloatArray
+    `qk_norm` are the scales for queries and keys, of one head's size or of all heads' together."""
+
+    attention_norm: FloatArray | None
     q: Matrix
     k: Matrix
     v: Matrix
     o: Matrix
-    ffn_norm: FloatArray
+    ffn_norm: FloatArray | None
     gate: Matrix
     up: Matrix
     down: Matrix
@@ -50,6 +52,9 @@ class Layer:
     o_bias: FloatArray | None = None
     gate_up_bias: tuple[FloatArray, FloatArray] | None = None
     down_bias: FloatArray | None = None
+    qk_norm: tuple[FloatArray, FloatArray] | None = None
+    attention_out_norm: FloatArray | None = None
+    ffn_out_norm: FloatArray | None = None
 
 
 class DataFile:
@@ -87,7 +92,7 @@ class _Graph:
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
-        self._sums: dict[str, str] = {}
+        self._sums: dict[tuple[str, int], str] = {}
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
@@ -133,7 +138,7 @@ class _Graph:
         if matrix.minima is not None:
             minima = self.tensor(f"{out}.minima_t", np.ascontiguousarray(matrix.minima.T))
             part = out if bias is None else f"{out}.m"
-            total = self.node("Gemm", [self._block_sums(x, matrix.shape[1]), minima, total], part)
+            total = self.node("Gemm", [self._block_sums(x, matrix), minima, total], part)
         if bias is not None:
             total = self.node("Add", [total, self.tensor(f"{out}.bias", bias)], out)
         return total
@@ -152,7 +157,7 @@ class _Graph:
             K=inputs,
             N=outputs,
             bits=matrix.bits,
-            block_size=BLOCK,
+            block_size=matrix.block,
             accuracy_level=4 if self._int8_activations else 1,
         )
 
@@ -166,7 +171,7 @@ class _Graph:
 
         q = self.node("Cast", [part("weight", matrix.packed)], f"{name}.codes", to=TensorProto.FLOAT)
         if matrix.bits == 4:
-            q = self._nibbles(q)
+            q = self._nibbles(q, matrix.block)
         half = self.tensor("half", np.array(1 << (matrix.bits - 1), dtype=np.float32))
         centred = self.node("Sub", [q, half], f"{name}.centred")
         x = self.node("Mul", [centred, self._column(part("scales", matrix.scales))], f"{name}.scaled")
@@ -178,27 +183,67 @@ class _Graph:
     def _column(self, x: str) -> str:
         return self.node("Unsqueeze", [x, self.tensor("column_axis", np.array([-1], dtype=np.int64))], f"{x}.column")
 
-    def _nibbles(self, codes: str) -> str:
-        """float codes 0..255 [rows, blocks, 16] to [rows, blocks, 32], the low half of a byte first."""
+    def _nibbles(self, codes: str, block: int) -> str:
+        """float codes 0..255 [rows, blocks, block / 2] to [rows, blocks, block], the low half of a byte first."""
         sixteen = self.tensor("sixteen", np.array(16, dtype=np.float32))
         high = self.node("Floor", [self.node("Div", [codes, sixteen], f"{codes}.shifted")], f"{codes}.high")
         low = self.node("Sub", [codes, self.node("Mul", [high, sixteen], f"{codes}.high_part")], f"{codes}.low")
         both = self.node("Concat", [self._column(low), self._column(high)], f"{codes}.pairs", axis=-1)
-        shape = self.tensor("codes_shape", np.array([0, 0, BLOCK], dtype=np.int64))
+        shape = self.tensor(f"codes_of_{block}", np.array([0, 0, block], dtype=np.int64))
         return self.node("Reshape", [both, shape], f"{codes}.unpacked")
 
-    def _block_sums(self, x: str, inputs: int) -> str:
-        """Sums of x over each quantization block, [rows, blocks]; one for all matrices that read x."""
-        if x not in self._sums:
-            shape = self.tensor(f"blocks{inputs}", np.array([-1, inputs // BLOCK, BLOCK], dtype=np.int64))
-            parts = self.node("Reshape", [x, shape], f"{x}.blocks")
+    def _block_sums(self, x: str, matrix: Quantized) -> str:
+        """Sums of x over each quantization block, [rows, blocks]; one for all matrices of that block that read x."""
+        inputs, block = matrix.shape[1], matrix.block
+        key = (x, block)
+        if key not in self._sums:
+            shape = self.tensor(f"blocks{inputs}x{block}", np.array([-1, inputs // block, block], dtype=np.int64))
+            parts = self.node("Reshape", [x, shape], f"{x}.blocks{block}")
             axis = self.tensor("last_axis", np.array([2], dtype=np.int64))
-            self._sums[x] = self.node("ReduceSum", [parts, axis], f"{x}.sums", keepdims=0)
-        return self._sums[x]
+            self._sums[key] = self.node("ReduceSum", [parts, axis], f"{x}.sums{block}", keepdims=0)
+        return self._sums[key]
 
-    def norm(self, x: str, scale: FloatArray, eps: float, out: str) -> str:
+    def norm(self, x: str, scale: FloatArray | None, eps: float, out: str) -> str:
+        """The RMS norm over the last axis; x itself if there is none."""
+        if scale is None:
+            return x
         inputs = [x, self.tensor(f"{out}.scale", scale)]
         return self.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=eps, stash_type=1)
+
+    def norm_groups(self, x: str, scale: FloatArray, eps: float, out: str) -> str:
+        """The RMS norm over each run of `scale`'s length in the last axis; x [rows, n], so is the result."""
+        shapes = {"groups": [0, -1, len(scale)], "flat": [0, -1]}
+        groups, flat = (
+            self.tensor(f"{name}_of_{len(scale)}", np.array(shape, dtype=np.int64)) for name, shape in shapes.items()
+        )
+        normed = self.norm(self.node("Reshape", [x, groups], f"{out}.groups"), scale, eps, f"{out}.normed")
+        return self.node("Reshape", [normed, flat], out)
+
+    def scaled(self, x: str, factor: float, out: str) -> str:
+        """x * factor; x itself if the factor is 1."""
+        return x if factor == 1 else self.node("Mul", [x, self._scalar(factor)], out)
+
+    def capped(self, x: str, cap: float, out: str) -> str:
+        """cap * tanh(x / cap); x itself if the cap is 0."""
+        if cap == 0:
+            return x
+        part = self.node("Div", [x, self._scalar(cap)], f"{out}.part")
+        return self.scaled(self.node("Tanh", [part], f"{out}.tanh"), cap, out)
+
+    def _scalar(self, value: float) -> str:
+        return self.tensor(f"scalar_{value!r}", np.array(value, dtype=np.float32))
+
+    def gated(self, gate: str, up: str, activation: Activation, out: str) -> str:
+        """activation(gate) * up."""
+        if activation == "silu":
+            active = self.node("QuickGelu", [gate], f"{out}.silu", domain=CONTRIB, alpha=1.0)
+        else:
+            active = self.node("Gelu", [gate], f"{out}.gelu", approximate="tanh")
+        return self.node("Mul", [active, up], out)
+
+    def rename(self, x: str, out: str) -> str:
+        """The value x under the name of a graph output."""
+        return x if x == out else self.node("Identity", [x], out)
 
     def save(self, path: Path) -> None:
         graph = helper.make_graph(
@@ -234,10 +279,11 @@ class BlockWriter:
         ids = g.input("ids", TensorProto.INT64, ["rows"])
         g.output("hidden", TensorProto.FLOAT, ["rows", self.card.hidden])
         if isinstance(embed, Dense):
-            rows = g.node("Gather", [g.tensor("embed.weight", embed.values), ids], "picked")
-            g.node("Cast", [rows], "hidden", to=TensorProto.FLOAT)
+            picked = g.node("Gather", [g.tensor("embed.weight", embed.values), ids], "picked")
+            rows = g.node("Cast", [picked], "rows", to=TensorProto.FLOAT)
         else:
-            g.node("Identity", [g.unpacked(embed, "embed", rows=ids)], "hidden")
+            rows = g.unpacked(embed, "embed", rows=ids)
+        g.rename(g.scaled(rows, self.card.embedding_scale, "scaled"), "hidden")
         g.save(self.directory / "embed.onnx")
 
     def _head(self, norm: FloatArray, head: Matrix, data: DataFile, *, shared: bool) -> None:
@@ -245,10 +291,9 @@ class BlockWriter:
         x = g.input("hidden", TensorProto.FLOAT, ["rows", self.card.hidden])
         g.output("logits", TensorProto.FLOAT, ["rows", self.card.vocab])
         normed = g.norm(x, norm, self.card.norm_eps, "normed")
-        name = "embed" if shared else "logits"  # tensors of one name are one place in the data file
-        logits = g.linear(normed, head, None, name)
-        if logits != "logits":
-            g.node("Identity", [logits], "logits")
+        product = g.linear(normed, head, None, "embed" if shared else "head")  # one name is one place in the data file
+        scaled = g.scaled(product, self.card.logit_scale, "scaled")
+        g.rename(g.capped(scaled, self.card.logit_cap, "capped"), "logits")
         g.save(self.directory / "head.onnx")
 
     def block(self, number: int, first: int, layers: Sequence[Layer]) -> str:
@@ -266,42 +311,73 @@ class BlockWriter:
         return f"{name}.onnx"
 
     def _position_inputs(self) -> list[tuple[str, int, list[int | str]]]:
-        half = self.card.head_dim // 2
-        return [
-            ("last_position", TensorProto.INT32, [1]),
-            ("length", TensorProto.INT32, []),
-            ("cos", TensorProto.FLOAT, ["positions", half]),
-            ("sin", TensorProto.FLOAT, ["positions", half]),
+        tables: list[tuple[str, int, list[int | str]]] = [
+            (f"{prefix}{table}", TensorProto.FLOAT, ["positions", len(rope.inverse_frequencies)])
+            for prefix, rope in self.card.ropes.items()
+            for table in ("cos", "sin")
         ]
+        return [("last_position", TensorProto.INT32, [1]), ("length", TensorProto.INT32, []), *tables]
 
     def _layer(self, g: _Graph, x: str, n: int, layer: Layer, *, last: bool) -> str:
-        eps, at = self.card.norm_eps, f"layer{n}"
+        card, at = self.card, f"layer{n}"
+        eps, scale = card.norm_eps, card.residual_scale
         attended = self._attention(g, g.norm(x, layer.attention_norm, eps, f"{at}.attention_norm"), n, layer)
-        x = g.node("Add", [x, attended], f"{at}.attended")
+        attended = g.norm(attended, layer.attention_out_norm, eps, f"{at}.attention_out_norm")
+        x = g.node("Add", [x, g.scaled(attended, scale, f"{at}.attention_scaled")], f"{at}.attended")
         fed = self._feed_forward(g, g.norm(x, layer.ffn_norm, eps, f"{at}.ffn_norm"), at, layer)
-        return g.node("Add", [x, fed], "hidden_out" if last else f"{at}.out")
+        fed = g.norm(fed, layer.ffn_out_norm, eps, f"{at}.ffn_out_norm")
+        return g.node("Add", [x, g.scaled(fed, scale, f"{at}.ffn_scaled")], "hidden_out" if last else f"{at}.out")
 
     def _attention(self, g: _Graph, x: str, n: int, layer: Layer) -> str:
         card, at = self.card, f"layer{n}"
+        parts = self._qkv(g, x, at, layer)
+        if layer.qk_norm is not None:
+            parts = self._norm_qk(g, parts, at, layer.qk_norm)
         batch = g.tensor("batch_axis", np.array([0], dtype=np.int64))
-        qkv = [
-            g.node("Unsqueeze", [part, batch], f"{part}.batch") if part else "" for part in self._qkv(g, x, at, layer)
-        ]
+        qkv = [g.node("Unsqueeze", [part, batch], f"{part}.batch") if part else "" for part in parts]
         kv_shape: list[int | str] = [1, card.kv_heads, "capacity", card.head_dim]
         past = [g.input(f"past_{which}_{n}", TensorProto.FLOAT, kv_shape) for which in ("key", "value")]
         present = [g.output(f"present_{which}_{n}", TensorProto.FLOAT, kv_shape) for which in ("key", "value")]
+        rope = card.rope_of(n)
+        turning = [] if rope is None else [f"{rope}cos", f"{rope}sin"]
         mixed = g.node(
             "GroupQueryAttention",
-            [*qkv, *past, "last_position", "length", "cos", "sin"],
+            [*qkv, *past, "last_position", "length", *turning],
             f"{at}.mixed",
             *present,
             domain=CONTRIB,
-            num_heads=card.heads,
-            kv_num_heads=card.kv_heads,
-            do_rotary=1,
-            rotary_interleaved=0,
+            **self._attention_attributes(n),
         )
         return g.linear(g.node("Squeeze", [mixed, batch], f"{at}.rows"), layer.o, layer.o_bias, f"{at}.o")
+
+    def _attention_attributes(self, n: int) -> dict[str, Any]:
+        card = self.card
+        scale = {} if card.attention_scale is None else {"scale": card.attention_scale}
+        return {
+            "num_heads": card.heads,
+            "kv_num_heads": card.kv_heads,
+            "do_rotary": int(card.rope_of(n) is not None),
+            "rotary_interleaved": 0,
+            "local_window_size": card.window(n) or -1,
+            "softcap": card.attention_cap,
+            **scale,
+        }
+
+    def _norm_qk(self, g: _Graph, parts: list[str], at: str, scales: tuple[FloatArray, FloatArray]) -> list[str]:
+        """q, k and v, split if they are one product, with q and k normalized (the CPU kernel of the attention node has
+        no norm of its own)."""
+        if not parts[1]:
+            parts = self._split_qkv(g, parts[0], at)
+        q, k, v = parts
+        eps = self.card.norm_eps
+        return [g.norm_groups(q, scales[0], eps, f"{at}.q_norm"), g.norm_groups(k, scales[1], eps, f"{at}.k_norm"), v]
+
+    def _split_qkv(self, g: _Graph, qkv: str, at: str) -> list[str]:
+        heads = (self.card.heads, self.card.kv_heads, self.card.kv_heads)
+        sizes = g.tensor("qkv_sizes", np.array(heads, dtype=np.int64) * self.card.head_dim)
+        names = [f"{at}.{name}" for name in "qkv"]
+        g.node("Split", [qkv, sizes], names[0], *names[1:], axis=1)
+        return names
 
     def _qkv(self, g: _Graph, x: str, at: str, layer: Layer) -> list[str]:
         """One fused product where q, k and v are of one kind, else three."""
@@ -317,8 +393,8 @@ class BlockWriter:
 
     def _feed_forward(self, g: _Graph, x: str, at: str, layer: Layer) -> str:
         gate, up = self._gate_up(g, x, at, layer)
-        silu = g.node("QuickGelu", [gate], f"{at}.silu", domain=CONTRIB, alpha=1.0)
-        return g.linear(g.node("Mul", [silu, up], f"{at}.gated"), layer.down, layer.down_bias, f"{at}.down")
+        gated = g.gated(gate, up, self.card.activation, f"{at}.gated")
+        return g.linear(gated, layer.down, layer.down_bias, f"{at}.down")
 
     def _gate_up(self, g: _Graph, x: str, at: str, layer: Layer) -> tuple[str, str]:
         fused = stack([layer.gate, layer.up])

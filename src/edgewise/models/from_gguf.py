@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from edgewise.errors import SourceError, UnsupportedModel
 from edgewise.models import rope
 from edgewise.models.blocks import Layer
-from edgewise.models.card import Card, Rope
+from edgewise.models.card import Activation, Card, QKNorm, Rope, alternating
+from edgewise.models.ggml_types import KNOWN, unpack
 from edgewise.models.gguf import GGUF
 from edgewise.models.tokenizer import write_from_gguf
-from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized, pack4
+from edgewise.models.weights import Dense, Matrix, split
 from edgewise.types import FloatArray, IdArray
 
 LLAMACPP = (
@@ -30,14 +30,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a GGUF architecture name means for the importer."""
+    """What a GGUF architecture name means where the file's fields do not say it.
 
-    interleaved_rope: bool  # q and k rows are stored for rotation of neighbours; ours rotates halves
+    `full_step`: each so many-th layer sees all positions, the others a window, if the file has one; 0 = all layers have
+    the window, None = such a file is not known. `width_scaled`: the count of layers of the one published size whose
+    scores are scaled by hidden / heads in place of the head's size.
+    """
+
+    interleaved_rope: bool = False  # q and k rows are stored for rotation of neighbours; ours rotates halves
+    activation: Activation = "silu"
+    full_step: int | None = None
+    local_theta: float | None = None  # of the rope of layers with a window
+    unrotated_step: int = 0  # each so many-th layer does not turn
+    embedding_root_scale: bool = False  # embeddings are scaled by sqrt(hidden)
+    width_scaled: int = 0
 
 
 ARCHITECTURES = {
-    "llama": Architecture(interleaved_rope=True),
-    "qwen2": Architecture(interleaved_rope=False),
+    "llama": Architecture(interleaved_rope=True, full_step=0),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "gemma2": Architecture(activation="gelu_tanh", full_step=2, embedding_root_scale=True, width_scaled=46),
+    "gemma3": Architecture(
+        activation="gelu_tanh", full_step=6, local_theta=10000.0, embedding_root_scale=True, width_scaled=62
+    ),
+    "phi3": Architecture(full_step=0),
+    "granite": Architecture(interleaved_rope=True),
+    "olmo2": Architecture(),
+    "smollm3": Architecture(interleaved_rope=True, unrotated_step=4),
 }
 ROPE_SCALING = {  # field of `{architecture}.rope.scaling` to key of config.json; "" has no part in the frequencies
     "type": "",
@@ -60,6 +80,7 @@ class GGUFSource:
         self.path = path
         self._file = GGUF.open(path)
         self._used = set(IGNORED_TENSORS)
+        self._rehearsing = False
         name = self._field("general.architecture", str)
         if name not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
@@ -95,27 +116,58 @@ class GGUFSource:
         card, at = self.card, f"blk.{n}"
         q_rows, kv_rows = card.heads * card.head_dim, card.kv_heads * card.head_dim
         turn_q, turn_k = self._halves(card.heads), self._halves(card.kv_heads)
+        q, k, v = self._matrices(at, {"attn_q": q_rows, "attn_k": kv_rows, "attn_v": kv_rows}, "attn_qkv")
+        gate, up = self._matrices(at, {"ffn_gate": card.ffn, "ffn_up": card.ffn}, "ffn_up")
         bias = None
         if card.qkv_bias:
-            q, k, v = (
+            q_bias, k_bias, v_bias = (
                 self._vector(f"{at}.attn_{x}.bias", n) for x, n in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
             )
-            bias = (q[turn_q], k[turn_k], v)
+            bias = (q_bias[turn_q], k_bias[turn_k], v_bias)
         return Layer(
-            attention_norm=self._vector(f"{at}.attn_norm.weight", card.hidden),
-            q=self._matrix(f"{at}.attn_q.weight", q_rows, card.hidden).rows(turn_q),
-            k=self._matrix(f"{at}.attn_k.weight", kv_rows, card.hidden).rows(turn_k),
-            v=self._matrix(f"{at}.attn_v.weight", kv_rows, card.hidden),
+            attention_norm=self._norm(f"{at}.attn_norm", card.pre_norm),
+            q=q.rows(turn_q),
+            k=k.rows(turn_k),
+            v=v,
             o=self._matrix(f"{at}.attn_output.weight", card.hidden, q_rows),
-            ffn_norm=self._vector(f"{at}.ffn_norm.weight", card.hidden),
-            gate=self._matrix(f"{at}.ffn_gate.weight", card.ffn, card.hidden),
-            up=self._matrix(f"{at}.ffn_up.weight", card.ffn, card.hidden),
+            ffn_norm=self._norm(f"{at}.ffn_norm", card.pre_norm),
+            gate=gate,
+            up=up,
             down=self._matrix(f"{at}.ffn_down.weight", card.hidden, card.ffn),
             qkv_bias=bias,
+            qk_norm=self._qk_norms(at),
+            attention_out_norm=self._norm(f"{at}.post_attention_norm", card.post_norm),
+            ffn_out_norm=self._norm(f"{at}.post_ffw_norm", card.post_norm),
         )
 
-    def finish(self) -> None:
-        """Every tensor must have been used: one that was not means a model that is more than its card."""
+    def _matrices(self, at: str, outputs: Mapping[str, int], fused: str) -> list[Matrix]:
+        """The matrices of those names over the hidden state, which some architectures store as one."""
+        hidden = self.card.hidden
+        if (
+            f"{at}.{next(iter(outputs))}.weight" not in self._file.tensors
+            and f"{at}.{fused}.weight" in self._file.tensors
+        ):
+            return split(self._matrix(f"{at}.{fused}.weight", sum(outputs.values()), hidden), outputs.values())
+        return [self._matrix(f"{at}.{name}.weight", size, hidden) for name, size in outputs.items()]
+
+    def _norm(self, name: str, there: bool) -> FloatArray | None:
+        return self._vector(f"{name}.weight", self.card.hidden) if there else None
+
+    def _qk_norms(self, at: str) -> tuple[FloatArray, FloatArray] | None:
+        if (sizes := self.card.qk_norm_sizes) is None:
+            return None
+        return self._vector(f"{at}.attn_q_norm.weight", sizes[0]), self._vector(f"{at}.attn_k_norm.weight", sizes[1])
+
+    def check(self) -> None:
+        """Every tensor of the card must be there and none besides: one more means a model that is more than its card.
+        Reads vectors only; SourceError or UnsupportedModel."""
+        self._rehearsing = True
+        self.embed()
+        self.head()
+        self.norm()
+        for n in range(self.card.layers):
+            self.layer(n)
+        self._rehearsing = False
         left = sorted(set(self._file.tensors) - self._used)
         if left:
             raise UnsupportedModel(
@@ -123,17 +175,18 @@ class GGUFSource:
             )
 
     def _card(self) -> Card:
-        heads = self._count("attention.head_count")
-        hidden = self._count("embedding_length")
+        arch, heads = self._architecture, self._count("attention.head_count")
+        hidden, layers = self._count("embedding_length"), self._count("block_count")
         head_dim = self._count("attention.key_length", hidden // max(heads, 1))
         if self._count("expert_count", 0) > 0:
             raise UnsupportedModel("mixture-of-experts models are not supported", hint=LLAMACPP)
         if self._count("attention.value_length", head_dim) != head_dim:
             raise UnsupportedModel("keys and values of different size are not supported", hint=LLAMACPP)
+        tensors = self._file.tensors
         return Card(
             family=self._prefix,
             hidden=hidden,
-            layers=self._count("block_count"),
+            layers=layers,
             heads=heads,
             kv_heads=self._count("attention.head_count_kv", heads),
             head_dim=head_dim,
@@ -142,16 +195,67 @@ class GGUFSource:
             context=self._count("context_length"),
             norm_eps=float(self._field(f"{self._prefix}.attention.layer_norm_rms_epsilon", float)),
             rope=self._rope(head_dim),
-            tied="output.weight" not in self._file.tensors,
-            qkv_bias="blk.0.attn_q.bias" in self._file.tensors,
+            tied="output.weight" not in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            activation=arch.activation,
+            pre_norm="blk.0.attn_norm.weight" in tensors,
+            post_norm="blk.0.post_attention_norm.weight" in tensors,
+            qk_norm=self._qk_norm(head_dim),
+            windows=self._windows(layers),
+            local_rope=self._local_rope(head_dim),
+            unrotated=tuple(n for n, turned in enumerate(alternating(layers, arch.unrotated_step)) if not turned),
+            attention_scale=self._attention_scale(layers, hidden / max(heads, 1)),
+            attention_cap=self._number("attn_logit_softcapping", 0.0),
+            logit_cap=self._number("final_logit_softcapping", 0.0),
+            embedding_scale=math.sqrt(hidden) if arch.embedding_root_scale else self._number("embedding_scale", 1.0),
+            residual_scale=self._number("residual_scale", 1.0),
+            logit_scale=1 / self._number("logit_scale", 1.0),
         )
+
+    def _qk_norm(self, head_dim: int) -> QKNorm:
+        norm = self._file.tensors.get("blk.0.attn_q_norm.weight")
+        if norm is None:
+            return "none"
+        return "head" if norm.shape == (head_dim,) else "whole"
+
+    def _attention_scale(self, layers: int, width: float) -> float | None:
+        if layers == self._architecture.width_scaled:
+            return 1 / math.sqrt(width)
+        return self._optional(f"{self._prefix}.attention.scale", float)
+
+    def _windows(self, layers: int) -> tuple[int, ...]:
+        window = self._count("attention.sliding_window", 0)
+        if not window:
+            return ()
+        key = f"{self._prefix}.attention.sliding_window_pattern"
+        pattern = self._file.fields.get(key, self._architecture.full_step)
+        if isinstance(pattern, np.ndarray):
+            return tuple(window if slides else 0 for slides in pattern.tolist())
+        if pattern is None:
+            raise UnsupportedModel(
+                f"{self.path.name} has an attention window of {window}, but not which layers have it", hint=LLAMACPP
+            )
+        return tuple(window if slides else 0 for slides in alternating(layers, int(str(pattern))))
+
+    def _local_rope(self, head_dim: int) -> Rope | None:
+        theta = self._number("rope.freq_base_swa", self._architecture.local_theta or 0.0)
+        return rope.from_config(theta, self._count("rope.dimension_count", head_dim), 0, None) if theta else None
 
     def _rope(self, head_dim: int) -> Rope:
         p = self._prefix
         dims = self._count("rope.dimension_count", head_dim)
-        theta = float(self._optional(f"{p}.rope.freq_base", float) or 10000.0)
+        if dims != head_dim and self._architecture.interleaved_rope:
+            raise UnsupportedModel(f"turning {dims} of {head_dim} dimensions is not supported in {p!r}", hint=LLAMACPP)
+        if "rope_factors_long.weight" in self._file.tensors:
+            raise UnsupportedModel("RoPE scaling of kind 'longrope' is not supported", hint=LLAMACPP)
+        theta = self._number("rope.freq_base", 10000.0)
         if "rope_freqs.weight" in self._file.tensors:
             return rope.from_factors(theta, dims, self._vector("rope_freqs.weight", dims // 2))
+        return rope.from_config(theta, dims, self._count("context_length"), self._rope_scaling())
+
+    def _rope_scaling(self) -> dict[str, Any]:
+        """The fields of the scaling under their names in config.json."""
+        p = self._prefix
         scaling: dict[str, Any] = {"rope_type": self._optional(f"{p}.rope.scaling.type", str) or "default"}
         if scaling["rope_type"] == "none":
             scaling["rope_type"] = "default"
@@ -163,7 +267,7 @@ class GGUFSource:
                 scaling[ROPE_SCALING[name]] = value
         if "attention_factor" in scaling:  # here it multiplies YaRN's own factor; in config.json it replaces it
             scaling["attention_factor"] *= rope.yarn_scale(float(scaling.get("factor", 1)))
-        return rope.from_config(theta, dims, self._count("context_length"), scaling)
+        return scaling
 
     def _halves(self, heads: int) -> IdArray:
         """The order that turns rows stored for rotation of neighbours (2i, 2i+1) into rows for rotation of halves."""
@@ -194,10 +298,14 @@ class GGUFSource:
             raise UnsupportedModel(f"{full} differs between layers, which is not supported", hint=LLAMACPP)
         return self._field(full, int) if default is None else int(self._optional(full, int) or default)
 
+    def _number(self, key: str, default: float) -> float:
+        value = self._optional(f"{self._prefix}.{key}", float)
+        return default if value is None else value
+
     def _refuse_unknown_types(self) -> None:
-        unknown = {t.type for t in self._file.tensors.values()} - set(_UNPACK)
+        unknown = {t.type for t in self._file.tensors.values()} - set(KNOWN)
         if unknown:
-            known = ", ".join(_UNPACK)
+            known = ", ".join(KNOWN)
             raise UnsupportedModel(
                 f"weights of type {', '.join(sorted(unknown))} cannot be imported yet (known: {known})", hint=LLAMACPP
             )
@@ -214,58 +322,12 @@ class GGUFSource:
         if tuple(info.shape) != shape:
             raise SourceError(f"the tensor {name!r} has shape {tuple(info.shape)}, the model's fields say {shape}")
         self._used.add(name)
-        return _UNPACK[info.type](self._file.raw(name), (-1, shape[-1]))
+        if self._rehearsing and len(shape) == 2:
+            return Dense(np.empty((shape[0], 0), dtype=np.float32))
+        return unpack(info, self._file.raw(name))
 
     def _matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         return self._read(name, (outputs, inputs))
 
     def _vector(self, name: str, size: int) -> FloatArray:
         return self._read(name, (size,)).dense().reshape(size)
-
-
-Bytes = npt.NDArray[np.uint8]
-
-
-def _dense(dtype: npt.DTypeLike) -> Callable[[Bytes, tuple[int, int]], Matrix]:
-    return lambda raw, shape: Dense(raw.view(dtype).reshape(shape))
-
-
-def _half(raw: Bytes) -> FloatArray:
-    """float16 stored in the last axis' two bytes, as float32."""
-    return np.asarray(np.ascontiguousarray(raw).view(np.float16)[..., 0], dtype=np.float32)
-
-
-def _codes4(raw: Bytes) -> Bytes:
-    """ggml keeps element i in the low half and i + 16 in the high half of byte i; MatMulNBits wants neighbours."""
-    return pack4(np.concatenate([raw & 15, raw >> 4], axis=-1))
-
-
-def _blocks(raw: Bytes, shape: tuple[int, int], size: int) -> Bytes:
-    return raw.reshape(-1, shape[1] // BLOCK, size)
-
-
-def _q4_0(raw: Bytes, shape: tuple[int, int]) -> Matrix:
-    blocks = _blocks(raw, shape, 18)
-    return Quantized(4, _codes4(blocks[..., 2:]), _half(blocks[..., :2]))
-
-
-def _q4_1(raw: Bytes, shape: tuple[int, int]) -> Matrix:
-    blocks = _blocks(raw, shape, 20)
-    scales = _half(blocks[..., :2])
-    return Quantized(4, _codes4(blocks[..., 4:]), scales, _half(blocks[..., 2:4]) + 8 * scales)
-
-
-def _q8_0(raw: Bytes, shape: tuple[int, int]) -> Matrix:
-    blocks = _blocks(raw, shape, 34)
-    codes = np.bitwise_xor(blocks[..., 2:], 128, dtype=np.uint8)  # int8 + 128, as bits
-    return Quantized(8, codes, _half(blocks[..., :2]))
-
-
-_UNPACK: dict[str, Callable[[Bytes, tuple[int, int]], Matrix]] = {
-    "F32": _dense(np.float32),
-    "F16": _dense(np.float16),
-    "BF16": _dense(ml_dtypes.bfloat16),
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q8_0": _q8_0,
-}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections import Counter
@@ -19,14 +18,13 @@ from edgewise.models.bundle import NAME, BlockEntry, Bundle, Graphs, write_manif
 from edgewise.models.card import Card
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.from_hf import HuggingFaceSource
-from edgewise.models.store import bundles_dir
+from edgewise.models.licence import NOTICES, is_permissive
+from edgewise.models.store import bundles_dir, making
 from edgewise.models.weights import Matrix, requantize
 from edgewise.types import FloatArray
 
 LAYERS_PER_BLOCK = 6  # measured in docs/performance.md; 1..all give the same numbers
 REQUANTIZE_BITS = {"int4": 4, "int8": 8}
-PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "unlicense", "isc"}
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
 Weights = Literal["exact", "int4", "int8"]
 Activations = Literal["int8", "fp32"]
@@ -47,7 +45,7 @@ class ModelSource(Protocol):
     def head(self) -> Matrix | None: ...
     def norm(self) -> FloatArray: ...
     def layer(self, n: int) -> Layer: ...
-    def finish(self) -> None: ...
+    def check(self) -> None: ...
     def write_tokenizer(self, directory: Path) -> None: ...
 
 
@@ -87,16 +85,20 @@ def pull(
         raise UsageError(f"layers_per_block is {layers_per_block}; at least 1 is needed")
     recipe = Recipe(requantize or "exact", activations, layers_per_block)
     model = open_source(fetched.path)
+    model.check()
     licence = _licence(model, fetched.licence, accept_licence)
-    target = bundles_dir(home) / name
-    work = target.with_name(f".{name}.making-{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        write_bundle(model, work, name=name, recipe=recipe, origin=fetched.origin, licence=licence, progress=report)
-        _swap(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Bundle.open(target, check=False)
+    with making(name, home) as work:
+        write_bundle(
+            model,
+            work,
+            name=name,
+            recipe=recipe,
+            origin=fetched.origin,
+            licence=licence,
+            notices=fetched.notices,
+            progress=report,
+        )
+    return Bundle.open(bundles_dir(home) / name, check=False)
 
 
 def open_source(path: Path) -> ModelSource:
@@ -121,16 +123,17 @@ def write_bundle(
     recipe: Recipe,
     origin: dict[str, Any],
     licence: dict[str, Any],
+    notices: Path | None,
     progress: Progress,
 ) -> None:
-    """Write all files of a bundle into a new directory, the manifest last."""
+    """Write all files of a bundle into a new directory, the manifest last. `notices` is the directory whose licence
+    files the bundle carries."""
     blocks = directory / "blocks"
     blocks.mkdir(parents=True)
     model.write_tokenizer(directory)
     graphs = _write_graphs(model, blocks, recipe, progress)
-    model.finish()
-    for pattern in LICENCE_FILES if model.path.is_dir() else ():
-        for file in model.path.glob(pattern):
+    if notices is not None:
+        for file in (file for pattern in NOTICES for file in notices.glob(pattern)):
             shutil.copyfile(file, directory / file.name)
     write_manifest(
         directory,
@@ -187,18 +190,9 @@ def _reweigh(layer: Layer, weigh: Callable[[Matrix], Matrix]) -> Layer:
 def _licence(model: ModelSource, known: str | None, accepted: bool) -> dict[str, Any]:
     """Terms that ask for more than attribution must be accepted by name; one that declares none is the user's own."""
     licence = known or model.licence_id
-    if licence is not None and licence.lower() not in PERMISSIVE and not accepted:
+    if licence is not None and not is_permissive(licence) and not accepted:
         raise LicenceError(
             f"the model comes under {licence!r}, whose terms you have to accept",
             hint="read them, then pull with --accept-licence",
         )
     return {"id": licence, "accepted": accepted}
-
-
-def _swap(work: Path, target: Path) -> None:
-    """Put the finished bundle in place; the old one, if any, is moved aside first and then deleted."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    work.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Weight matrices as the block writer takes them: dense, or in blocks of 32 with a scale (and a minimum) each.
+"""Weight matrices as the block writer takes them: dense, or in blocks with a scale (and a minimum) each.
 
 A matrix is [outputs, inputs]. Quantized blocks run along the inputs, as in GGUF and in onnxruntime's MatMulNBits, so
 carrying one over is a repacking of bits: no weight changes its value.
@@ -6,42 +6,54 @@ carrying one over is a repacking of bits: no weight changes its value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgewise.types import FloatArray, IdArray
 
-BLOCK = 32  # weights per quantization block; GGUF's and ours
+BLOCK = 32  # weights per quantization block, where we choose it and in most of GGUF's types; the others have 16
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """weight = (q - 2^(bits-1)) * scale + minimum, per block.
 
-    `packed` uint8 [outputs, blocks, 32 * bits / 8] (4 bits: the even element in the low half of a byte), `scales` and
-    `minima` float32 [outputs, blocks]; `minima` is None where the type has none.
+    `packed` uint8 [outputs, blocks, block * bits / 8] (4 bits: the even element in the low half of a byte), `scales`
+    and `minima` float32 [outputs, blocks]; `minima` is None where the type has none. `block` is 16 or 32 weights.
     """
 
     bits: int
     packed: npt.NDArray[np.uint8]
     scales: FloatArray
     minima: FloatArray | None = None
+    block: int = BLOCK
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.scales.shape[0], self.scales.shape[1] * BLOCK
+        return self.scales.shape[0], self.scales.shape[1] * self.block
 
     @property
-    def kind(self) -> tuple[int, bool]:
+    def kind(self) -> tuple[int, int, bool]:
         """Matrices of one kind can stand in one fused matrix."""
-        return self.bits, self.minima is not None
+        return self.bits, self.block, self.minima is not None
+
+    @property
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Codes, scales and, where there are any, minima: all have one row per output."""
+        return [self.packed, self.scales, *([] if self.minima is None else [self.minima])]
+
+    def of(self, arrays: Iterable[npt.NDArray[Any]]) -> Quantized:
+        """A matrix of this kind with other `arrays`."""
+        packed, scales, *minima = arrays
+        return replace(self, packed=packed, scales=scales, minima=minima[0] if minima else None)
 
     def rows(self, order: IdArray) -> Quantized:
         """The same matrix with its outputs reordered."""
-        minima = None if self.minima is None else self.minima[order]
-        return replace(self, packed=self.packed[order], scales=self.scales[order], minima=minima)
+        return self.of(a[order] for a in self.arrays)
 
     def dense(self) -> FloatArray:
         """float32 [outputs, inputs], the exact values."""
@@ -84,11 +96,14 @@ def stack(parts: list[Matrix]) -> Matrix | None:
         return None
     if isinstance(first, Dense):
         return Dense(np.concatenate([p.values for p in parts if isinstance(p, Dense)]))
-    same = [p for p in parts if isinstance(p, Quantized)]
-    minima = None if first.minima is None else np.concatenate([p.minima for p in same if p.minima is not None])
-    return Quantized(
-        first.bits, np.concatenate([p.packed for p in same]), np.concatenate([p.scales for p in same]), minima
-    )
+    same = [p.arrays for p in parts if isinstance(p, Quantized)]
+    return first.of(np.concatenate(arrays) for arrays in zip(*same, strict=True))
+
+
+def split(matrix: Matrix, outputs: Iterable[int]) -> list[Matrix]:
+    """The matrices that were stacked, by their numbers of outputs."""
+    ends = np.cumsum(list(outputs))
+    return [matrix.rows(order) for order in np.split(np.arange(ends[-1]), ends[:-1])]
 
 
 def requantize(matrix: Matrix, bits: int) -> Matrix:
