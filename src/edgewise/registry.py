@@ -8,6 +8,7 @@ from typing import Any
 from edgewise.errors import UsageError
 
 ENGINES = {
+    "native": "edgewise.engines.native_lm:NativeLM",
     "onnx": "edgewise.engines.onnx_lm:OnnxLM",
     "llamacpp": "edgewise.engines.llamacpp:LlamaCpp",
     "openai": "edgewise.engines.openai:OpenAI",

@@ -1,15 +1,16 @@
 import asyncio
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgewise.engines.answer import Inbox, Stopwatch, TextStream, check_request
-from edgewise.engines.base import Capabilities
+from edgewise.engines.answer import LEAST_SPAN_S, Inbox, Stopwatch, TextStream, check_request
+from edgewise.engines.base import ALL_SAMPLING, Capabilities
 from edgewise.errors import DeadlineExceeded, RequestError
 from edgewise.types import Message, Request, Sampling
 
-ALL = Capabilities(logprobs=True, top_logprobs=20, seed=True, prompt_ids=True)
+ALL = Capabilities(logprobs=True, top_logprobs=20, seed=True, sampling=ALL_SAMPLING, prompt_ids=True, vocab=1000)
 HI = (Message("user", "hi"),)
 
 
@@ -87,6 +88,21 @@ def test_a_stop_string_that_did_not_come_is_given_in_the_end() -> None:
         (Request(HI, sampling=Sampling(top_p=float("nan"))), "top_p"),
         (Request(HI, sampling=Sampling(seed=-1)), "seed"),
         (Request(HI, sampling=Sampling(seed=2**63)), "seed"),
+        (Request(HI, prompt="x"), "messages"),
+        (Request(prompt="x", prompt_ids=(1,)), "messages"),
+        (Request(prompt=""), "prompt"),
+        (Request(HI, sampling=Sampling(top_k=-1)), "top_k"),
+        (Request(HI, sampling=Sampling(min_p=1.1)), "min_p"),
+        (Request(HI, sampling=Sampling(min_p=float("nan"))), "min_p"),
+        (Request(HI, sampling=Sampling(presence_penalty=2.1)), "presence_penalty"),
+        (Request(HI, sampling=Sampling(frequency_penalty=-2.1)), "frequency_penalty"),
+        (Request(HI, sampling=Sampling(repetition_penalty=0.0)), "repetition_penalty"),
+        (Request(HI, sampling=Sampling(repetition_penalty=float("inf"))), "repetition_penalty"),
+        (Request(HI, sampling=Sampling(logit_bias=((1000, 1.0),))), "logit_bias"),
+        (Request(HI, sampling=Sampling(logit_bias=((-1, 1.0),))), "logit_bias"),
+        (Request(HI, sampling=Sampling(logit_bias=((1, 100.5),))), "logit_bias"),
+        (Request(HI, sampling=Sampling(logit_bias=((1, float("nan")),))), "logit_bias"),
+        (Request(HI, sampling=Sampling(logit_bias=((1, 1.0), (1, 2.0)))), "logit_bias"),
         (Request(HI, max_tokens=0), "max_tokens"),
         (Request(HI, stop=("a", "")), "stop"),
         (Request(HI, top_logprobs=21), "top_logprobs"),
@@ -109,6 +125,12 @@ def test_a_wrong_field_is_named(wrong: Request, param: str) -> None:
         (Request(HI, logprobs=True), "logprobs"),
         (Request(HI, top_logprobs=1), "top_logprobs"),
         (Request(HI, sampling=Sampling(seed=1)), "seed"),
+        (Request(HI, sampling=Sampling(top_k=1)), "top_k"),
+        (Request(HI, sampling=Sampling(min_p=0.1)), "min_p"),
+        (Request(HI, sampling=Sampling(presence_penalty=0.1)), "presence_penalty"),
+        (Request(HI, sampling=Sampling(frequency_penalty=0.1)), "frequency_penalty"),
+        (Request(HI, sampling=Sampling(repetition_penalty=1.1)), "repetition_penalty"),
+        (Request(HI, sampling=Sampling(logit_bias=((1, 1.0),))), "logit_bias"),
     ],
 )
 def test_what_this_engine_cannot_do_is_refused_and_others_do_it(wish: Request, param: str) -> None:
@@ -128,10 +150,11 @@ def test_one_token_has_no_speed_and_two_have() -> None:
     watch = Stopwatch()
     watch.token()
     assert watch.timings().decode_tok_s is None
+    time.sleep(2 * LEAST_SPAN_S)
     watch.token()
     speed = watch.timings().decode_tok_s
     assert speed is not None
-    assert speed > 0
+    assert 0 < speed < 1 / LEAST_SPAN_S
     assert 0 <= watch.timings().first_token_ms <= watch.timings().total_ms
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgewise.engines import decode
 from edgewise.engines.base import Row
 from edgewise.engines.decode import DecodeOptions, Decoder
 from edgewise.engines.fake import FakeTokenizer, FakeTokenModel
@@ -131,7 +132,6 @@ class TestText:
         raw = b"".join(token.raw for chunk in chunks for token in chunk.tokens)
         assert "".join(chunk.text for chunk in chunks) == raw.decode(errors="replace")
         assert "€" in raw.decode(errors="replace")
-        assert any(not chunk.text and chunk.tokens for chunk in chunks)
 
     async def test_logprobs_are_those_of_the_models_softmax(self) -> None:
         fake = FakeTokenModel()
@@ -296,7 +296,7 @@ async def play(made: Decoder, plan: dict[str, Any], seed: int) -> list[int]:
         if plan["leave_after"] is not None and len(out) > plan["leave_after"]:
             break
     await chunks.aclose()  # type: ignore[attr-defined]
-    return out
+    return out if plan["leave_after"] is None else out[: plan["leave_after"] + 1]  # a chunk may bring more
 
 
 @settings(max_examples=40, deadline=None)
@@ -496,3 +496,37 @@ class TestClosing:
             [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=30
         )
         assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
+
+
+# --- sampling and slots -----------------------------------------------------------------------------------------------
+
+
+async def test_the_prompt_and_the_answer_reach_the_penalties() -> None:
+    flat = bias(t65=40.0, t66=39.0, t67=38.0)
+    async with decoder(FakeTokenModel(bias=flat)) as made:
+        plain = await ids(made, ask(65, max_tokens=3))
+        penalised = await ids(made, ask(65, max_tokens=3, sampling=Sampling(repetition_penalty=100.0)))
+        banned = await ids(made, ask(65, max_tokens=3, sampling=Sampling(logit_bias=((65, -100.0),))))
+    assert 65 in plain
+    assert 65 not in banned
+    assert penalised[0] != 65
+    assert len(set(penalised)) == 3
+
+
+async def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    async with decoder(FakeTokenModel()) as made:
+        with pytest.raises(RequestError, match="allowed is 0 to 264"):
+            await ids(made, ask(1, sampling=Sampling(logit_bias=((265, 1.0),))))
+
+
+async def test_a_request_that_cannot_be_set_up_loses_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeTokenModel(slots=1)
+    async with decoder(model) as made:
+        expected = await ids(made, ask(1, 2))
+        with monkeypatch.context() as patched:
+            patched.setattr(decode, "Sampler", None)
+            for _ in range(2):
+                with pytest.raises(EngineError, match="not callable"):
+                    await ids(made, ask(1, 2))
+        assert await ids(made, ask(1, 2)) == expected
+    assert model.calls["open"] == 1

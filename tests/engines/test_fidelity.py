@@ -16,7 +16,7 @@ from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.evaluate.divergence import Comparison, Divergence
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
-from oracle import llama_from_gguf
+from oracle import from_gguf
 
 TEXT = Path(__file__).parents[2] / "LICENSE"
 TOKENS = 600
@@ -29,7 +29,7 @@ def reference(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     ids = np.array(tokenizer.encode(TEXT.read_text()))[:TOKENS]
     assert len(ids) == TOKENS
     with torch.no_grad():
-        return ids, llama_from_gguf(smollm2_gguf)(torch.from_numpy(ids)[None]).logits[0].numpy(), home
+        return ids, from_gguf(smollm2_gguf)(torch.from_numpy(ids)[None]).logits[0].numpy(), home
 
 
 @pytest.mark.parametrize(("activations", "bound"), [("fp32", 1e-5), ("int8", 0.01)])

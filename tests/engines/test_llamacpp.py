@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,38 @@ async def test_ids_outside_the_vocabulary_are_refused(llama: LlamaCpp) -> None:
     with pytest.raises(RequestError, match="invalid tokens") as caught:
         await read(llama, ask(1, 99_999_999))
     assert caught.value.param == "prompt_ids"
+    assert llama.can.vocab == 49_152
+    with pytest.raises(RequestError, match="token id 49152"):
+        await read(llama, ask(1, sampling=Sampling(logit_bias=((49_152, 1.0),))))
+
+
+async def ids(llama: LlamaCpp, request: Request) -> list[int]:
+    chunks = await read(llama, replace(request, logprobs=True))
+    return [token.id for chunk in chunks for token in chunk.tokens]
+
+
+async def test_bias_and_narrow_sets_are_kept(llama: LlamaCpp) -> None:
+    prompt = (19556, 28, 905, 359, 346, 19556, 28, 905)
+    greedy = await ids(llama, ask(*prompt))
+    banned = await ids(llama, ask(*prompt, sampling=Sampling(logit_bias=((greedy[0], -100.0),))))
+    assert greedy[0] not in banned
+    for narrow in (Sampling(temperature=2.0, top_k=1), Sampling(temperature=2.0, min_p=1.0)):
+        assert await ids(llama, ask(*prompt, sampling=narrow)) == greedy
+
+
+async def test_repetition_counts_the_whole_prompt(llama: LlamaCpp) -> None:
+    prompt = (19556, 28, 905, 359, 346, 19556, 28, 905, *range(1000, 1080))
+    free = await ids(llama, ask(*prompt, sampling=Sampling(logit_bias=((359, 90.0),)), max_tokens=1))
+    held = await ids(
+        llama, ask(*prompt, sampling=Sampling(logit_bias=((359, 90.0),), repetition_penalty=100.0), max_tokens=1)
+    )
+    assert free == [359] != held  # it stands more than 64 tokens back, which is where llama.cpp stops to look
+
+
+async def test_penalties_that_llamacpp_counts_otherwise_are_refused(llama: LlamaCpp) -> None:
+    for sampling in (Sampling(presence_penalty=1.0), Sampling(frequency_penalty=-1.0)):
+        with pytest.raises(RequestError, match=r"_penalty is -?1\.0, allowed is 0 alone"):
+            await read(llama, ask(1, sampling=sampling))
 
 
 async def test_the_prompt_of_before_is_reused(llama: LlamaCpp) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edgewise.engines.base import Row
-from edgewise.engines.onnx_lm import OnnxLM, set_threads
+from edgewise.engines.local import set_threads
+from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.errors import ContextFull, EngineClosed, EngineError
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
@@ -55,7 +56,9 @@ def at_once(bundles: dict[int, Bundle], ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layers", [6, 7, 30])
 @pytest.mark.parametrize(
-    "sizes", [[1] * TOKENS, [37] * 13 + [19], [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 125]], ids=len
+    "sizes",
+    [[1] * TOKENS, [37] * 13 + [19], [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 125], [129] * 3 + [113]],
+    ids=len,
 )
 async def test_rows_have_the_same_bits_however_they_come(
     bundles: dict[int, Bundle], ids: np.ndarray, at_once: np.ndarray, layers: int, sizes: list[int]

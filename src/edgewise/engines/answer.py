@@ -6,29 +6,35 @@ import asyncio
 import codecs
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import Final, Generic, TypeVar
 
 from edgewise.engines.base import Capabilities
 from edgewise.errors import DeadlineExceeded, RequestError
-from edgewise.types import Request, Timings
+from edgewise.types import Chunk, Request, Sampling, Timings
 
 T = TypeVar("T")
+
+LEAST_SPAN_S: Final = 1e-3  # tokens that come closer together tell how fast buffers are, not how fast the model is
+_NEUTRAL = Sampling()
+
+
+RANGES: Final[dict[str, tuple[float, float]]] = {  # of Sampling's numbers; NaN is in none of them
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+BIAS_RANGE: Final = (-100.0, 100.0)
 
 
 def check_request(request: Request, can: Capabilities) -> None:
     """RequestError, naming the field, for what no engine or not this engine can honour."""
-    if (request.prompt_ids is None) == (not request.messages):
-        raise _refused("messages", "both or neither", "exactly one of messages and prompt_ids")
-    if request.prompt_ids is not None:
-        _check_prompt_ids(request.prompt_ids, can)
-    sampling = request.sampling
-    if not 0.0 <= sampling.temperature < math.inf:
-        raise _refused("temperature", sampling.temperature, "a finite number >= 0")
-    if not 0.0 < sampling.top_p <= 1.0:
-        raise _refused("top_p", sampling.top_p, "above 0 and at most 1")
-    if sampling.seed is not None and not (can.seed and 0 <= sampling.seed < 2**63):
-        raise _refused("seed", sampling.seed, "0 to 2**63 - 1" if can.seed else "no seed with this engine")
+    _check_prompt(request, can)
+    _check_sampling(request.sampling, can)
     if request.max_tokens < 1:
         raise _refused("max_tokens", request.max_tokens, "1 or more")
     if "" in request.stop:
@@ -41,11 +47,46 @@ def check_request(request: Request, can: Capabilities) -> None:
         raise _refused("deadline_ms", request.deadline_ms, "above 0")
 
 
-def _check_prompt_ids(ids: Sequence[int], can: Capabilities) -> None:
-    if not can.prompt_ids:
-        raise _refused("prompt_ids", f"{len(ids)} ids", "messages only with this engine")
-    if not ids:
+def _check_prompt(request: Request, can: Capabilities) -> None:
+    if bool(request.messages) + (request.prompt is not None) + (request.prompt_ids is not None) != 1:
+        raise _refused("messages", "several or none", "exactly one of messages, prompt and prompt_ids")
+    if request.prompt == "":
+        raise _refused("prompt", "empty", "a text of one character or more")
+    if request.prompt_ids is not None and not can.prompt_ids:
+        raise _refused("prompt_ids", f"{len(request.prompt_ids)} ids", "text only with this engine")
+    if request.prompt_ids == ():
         raise _refused("prompt_ids", "no ids", "one id or more")
+
+
+def _check_sampling(sampling: Sampling, can: Capabilities) -> None:
+    if not 0.0 <= sampling.temperature < math.inf:
+        raise _refused("temperature", sampling.temperature, "a finite number >= 0")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise _refused("top_p", sampling.top_p, "above 0 and at most 1")
+    if sampling.seed is not None and not (can.seed and 0 <= sampling.seed < 2**63):
+        raise _refused("seed", sampling.seed, "0 to 2**63 - 1" if can.seed else "no seed with this engine")
+    for name, (low, high) in RANGES.items():
+        value, neutral = getattr(sampling, name), getattr(_NEUTRAL, name)
+        if not low <= value <= high:
+            raise _refused(name, value, f"{low:.10g} to {high:.10g}")
+        if value != neutral and name not in can.sampling:
+            raise _refused(name, value, f"{neutral:g} alone here")
+    if sampling.logit_bias:
+        _check_bias(sampling.logit_bias, can)
+
+
+def _check_bias(pairs: Sequence[tuple[int, float]], can: Capabilities) -> None:
+    if "logit_bias" not in can.sampling:
+        raise _refused("logit_bias", f"given for {len(pairs)} ids", "none here: a token id means one model's token")
+    vocab = 2**31 if can.vocab is None else can.vocab
+    low, high = BIAS_RANGE
+    for token, bias in pairs:
+        if not 0 <= token < vocab:
+            raise _refused("logit_bias", f"given for the token id {token}", f"0 to {vocab - 1}")
+        if not low <= bias <= high:
+            raise _refused("logit_bias", f"{bias} for the token id {token}", f"{low:g} to {high:g}")
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise _refused("logit_bias", "given twice for one token id", "once for each id")
 
 
 def _refused(param: str, seen: object, allowed: str) -> RequestError:
@@ -110,9 +151,9 @@ class Stopwatch:
         self._first = self._last = self._started
         self._tokens = 0
 
-    def token(self) -> None:
-        """A token is there."""
-        self._last = time.monotonic()
+    def token(self, at: float | None = None) -> None:
+        """A token is there, since the time `at` of the monotonic clock if it lay in a buffer."""
+        self._last = time.monotonic() if at is None else at
         if not self._tokens:
             self._first = self._last
         self._tokens += 1
@@ -141,34 +182,57 @@ class Stopwatch:
         return Timings(
             first_token_ms=(first - self._started) * 1000,
             total_ms=(now - self._started) * 1000,
-            decode_tok_s=(self._tokens - 1) / span if span > 0 else None,
+            decode_tok_s=(self._tokens - 1) / span if span >= LEAST_SPAN_S else None,
         )
 
 
 class Inbox(Generic[T]):
-    """What a worker thread makes, read on the event loop on which this was built. The deadline ends the reading even if
-    the worker is stuck."""
+    """What a worker thread makes, read on the event loop on which this was built, by one reader. The deadline ends the
+    reading even if the worker is stuck. A reader who is late does not slow the worker down: what waits here is at most
+    one whole answer."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self.loop = asyncio.get_running_loop()
         self.left = False  # nobody reads any more; the worker may stop
-        self._items: asyncio.Queue[T | Exception] = asyncio.Queue()
+        self._items: deque[T | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         if (remaining_s := watch.remaining_s()) < math.inf:
             self._timer = self.loop.call_later(max(0.0, remaining_s), lambda: self.put(watch.exceeded()))
 
     def put(self, item: T | Exception) -> None:
         """On the loop; another thread sends it there with `loop.call_soon_threadsafe`."""
-        self._items.put_nowait(item)
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def next(self) -> T:
         """The next item; an exception among them is raised."""
-        item = await self._items.get()
+        while not self._items:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        item = self._items.popleft()
         if isinstance(item, Exception):
             raise item
         return item
+
+    async def ready(self, most: int) -> list[T]:
+        """Wait for an item; it and those behind it that are there already, `most` in all. An exception among them is
+        raised by the call after."""
+        items = [await self.next()]
+        while len(items) < most and self._items and not isinstance(self._items[0], Exception):
+            items.append(await self.next())
+        return items
 
     def leave(self) -> None:
         self.left = True
         if self._timer is not None:
             self._timer.cancel()
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one answer that follow each other, as one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    text = "".join(chunk.text for chunk in chunks)
+    return replace(chunks[-1], text=text, tokens=tuple(token for chunk in chunks for token in chunk.tokens))

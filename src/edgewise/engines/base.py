@@ -7,13 +7,15 @@ split) implement the seam that they wrap.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.types import Chunk, FloatArray, IdArray, Message, Request
+from edgewise.types import Chunk, FloatArray, IdArray, Message, Request, Sampling
+
+ALL_SAMPLING = frozenset(field.name for field in fields(Sampling)) - {"temperature", "top_p", "seed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,14 @@ class Capabilities:
     logprobs: bool = False
     top_logprobs: int = 0  # most alternatives per token
     seed: bool = False
+    sampling: frozenset[str] = frozenset()  # the fields of Sampling that it honours besides temperature, top_p and seed
     prompt_ids: bool = False  # takes exact token ids
     continuation: bool = False  # can go on from a given start of the answer
     context: int | None = None  # tokens, prompt and answer together
+    vocab: int | None = None  # token ids are below it
+
+
+EVERYTHING = Capabilities(logprobs=True, top_logprobs=20, seed=True, sampling=ALL_SAMPLING, prompt_ids=True)
 
 
 class TokenModel(Protocol):

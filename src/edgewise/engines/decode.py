@@ -11,17 +11,19 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgewise.engines.answer import Inbox, Stopwatch, TextStream, check_request
-from edgewise.engines.base import Capabilities, Row, Tokenizer, TokenModel
+from edgewise.engines.answer import Inbox, Stopwatch, TextStream, check_request, joined
+from edgewise.engines.base import ALL_SAMPLING, Capabilities, Row, Tokenizer, TokenModel
 from edgewise.engines.sampling import Choice, Sampler
 from edgewise.errors import ContextFull, EdgewiseError, EngineClosed, EngineError, Overloaded, RequestError
 from edgewise.types import Candidate, Chunk, FinishReason, FloatArray, IdArray, Request, Token, Usage
+
+TOGETHER = 64  # most chunks that become one when their reader is late; it bounds what is sent at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,15 @@ class Decoder:
         options: DecodeOptions = DecodeOptions(),
     ) -> None:
         self.name = name or model.name
-        self.can = Capabilities(logprobs=True, top_logprobs=20, seed=True, prompt_ids=True, context=model.context)
+        self.can = Capabilities(
+            logprobs=True,
+            top_logprobs=20,
+            seed=True,
+            sampling=ALL_SAMPLING,
+            prompt_ids=True,
+            context=model.context,
+            vocab=model.vocab,
+        )
         self._vocab, self._context, self._tokenizer = model.vocab, model.context, tokenizer
         self._scheduler = _Scheduler(model, tokenizer, self.name, options)
         # Without close() the thread ends with this object, or at exit while the interpreter is still whole.
@@ -73,7 +83,7 @@ class Decoder:
         try:
             self._scheduler.submit(job)
             while True:
-                chunk = await job.inbox.next()
+                chunk = joined(await job.inbox.ready(TOGETHER))
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -81,15 +91,22 @@ class Decoder:
             job.inbox.leave()
 
     def _prompt(self, request: Request) -> IdArray:
-        ids = self._tokenizer.chat(request.messages) if request.prompt_ids is None else request.prompt_ids
+        param, ids = self._ids(request)
         if len(ids) + 1 > self._context:
             raise ContextFull(len(ids) + 1, self._context)
         wrong = next((i for i in ids if not 0 <= i < self._vocab), None)
         if wrong is not None or not ids:
             seen = "an empty prompt" if wrong is None else f"the token id {wrong}"
-            param = "messages" if request.prompt_ids is None else "prompt_ids"
             raise RequestError(f"{param} gives {seen}, allowed are ids from 0 to {self._vocab - 1}", param=param)
         return np.array(ids, np.int64)
+
+    def _ids(self, request: Request) -> tuple[str, Sequence[int]]:
+        """Where the prompt stands in the request, and its ids."""
+        if request.prompt_ids is not None:
+            return "prompt_ids", request.prompt_ids
+        if request.prompt is not None:
+            return "prompt", self._tokenizer.encode(request.prompt)
+        return "messages", self._tokenizer.chat(request.messages)
 
 
 class _Job:
@@ -132,7 +149,7 @@ class _Task:
         self._tokenizer, self._name = tokenizer, name
         self._cached = slot.length
         self._todo = job.prompt[slot.length :]  # ids that must be computed before the next token can be chosen
-        self._sampler = Sampler(job.request.sampling, job.request.top_logprobs)
+        self._sampler = Sampler(job.request.sampling, job.request.top_logprobs, job.prompt)
         self._text = TextStream(job.request.stop)
         self._count = 0
         self._most = min(job.request.max_tokens, context - len(job.prompt))
@@ -280,8 +297,9 @@ class _Scheduler:
         while self._waiting and len(self._active) < self._model.slots:
             job = self._waiting[0]
             try:
-                slot = await self._slot_for(job.prompt)
+                self._idle.append(slot := await self._slot_for(job.prompt))  # idle, should the next line fail
                 self._active.append(_Task(job, slot, self._tokenizer, self._name, self._model.context))
+                self._idle.remove(slot)
             except Exception as error:
                 self._end(job, error)
             with self._lock:

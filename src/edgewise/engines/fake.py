@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgewise.engines.answer import Stopwatch, TextStream, check_request
-from edgewise.engines.base import Capabilities, Row
+from edgewise.engines.base import ALL_SAMPLING, Capabilities, Row
 from edgewise.errors import ContextFull, EngineClosed, GapError, Overloaded
 from edgewise.types import Candidate, Chunk, FinishReason, FloatArray, Message, Request, Token, Usage
 
@@ -51,7 +51,7 @@ class FakeGenerator:
     that ended well, `cancelled` those that the reader left, `active` those that run now.
     """
 
-    can = Capabilities(logprobs=True, top_logprobs=20, seed=True, prompt_ids=True, context=4096)
+    can = Capabilities(logprobs=True, top_logprobs=20, seed=True, sampling=ALL_SAMPLING, prompt_ids=True, context=4096)
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class FakeGenerator:
         if self.closed:
             raise EngineClosed(f"{self.name} was closed")
         check_request(request, self.can)
-        ids = FakeTokenizer().chat(request.messages) if request.prompt_ids is None else request.prompt_ids
+        ids = _prompt(request)
         if self.can.context is not None and len(ids) + 1 > self.can.context:
             raise ContextFull(len(ids) + 1, self.can.context)
         return len(ids)
@@ -143,6 +143,13 @@ class FakeGenerator:
         made_up = [Candidate(-1 - i, b"?", math.log(rest) - (i + 1) * math.log(2)) for i in range(request.top_logprobs)]
         best = sorted((*known, *made_up), key=lambda c: -c.logprob)[: request.top_logprobs]
         return replace(token, top=tuple(best))
+
+
+def _prompt(request: Request) -> Sequence[int]:
+    if request.prompt_ids is not None:
+        return request.prompt_ids
+    tokenizer = FakeTokenizer()
+    return tokenizer.chat(request.messages) if request.prompt is None else tokenizer.encode(request.prompt)
 
 
 async def _pause(seconds: float, watch: Stopwatch) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgewise.engines.answer import Inbox, Stopwatch, check_request
-from edgewise.engines.base import Capabilities
+from edgewise.engines.base import ALL_SAMPLING, Capabilities
 from edgewise.engines.decode import DecodeOptions
 from edgewise.errors import (
     ContextFull,
@@ -37,6 +37,7 @@ Event = Mapping[str, Any]  # one piece of an answer, as llama.cpp's server would
 _DEFAULT_CONTEXT = 8192  # llama.cpp allocates the whole KV at once; models trained for 128k would take gigabytes
 _CONTEXT_STEP = 256  # llama.cpp rounds up to it
 _SEEDS = 2**32 - 1  # llama.cpp's seeds; the one above means "random"
+_COUNTED_DIFFERENTLY = {"presence_penalty", "frequency_penalty"}  # llama.cpp counts the prompt's tokens too
 _PREFILL_CHUNK = DecodeOptions().prefill_chunk
 _QUEUE = DecodeOptions().queue
 
@@ -53,7 +54,15 @@ class LlamaCpp:
         fields = GGUF.open(path).fields
         per_slot = _context(fields, context)
         self.name = path.stem
-        self.can = Capabilities(logprobs=True, top_logprobs=20, seed=True, prompt_ids=True, context=per_slot)
+        self.can = Capabilities(
+            logprobs=True,
+            top_logprobs=20,
+            seed=True,
+            sampling=ALL_SAMPLING - _COUNTED_DIFFERENTLY,
+            prompt_ids=True,
+            context=per_slot,
+            vocab=_vocab(fields),
+        )
         self._slots = slots
         self._server: Any = _load(path, per_slot, slots, threads)
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix=f"llamacpp {self.name}")
@@ -105,9 +114,8 @@ class LlamaCpp:
             inbox.loop.call_soon_threadsafe(inbox.put, event)  # an error here (a closed loop) stops it too
             return False
 
-        chat = request.prompt_ids is None
-        handle = self._server.handle_chat_completions if chat else self._server.handle_completions
-        work = inbox.loop.run_in_executor(self._pool, handle, _body(request), hear)
+        handle = self._server.handle_chat_completions if request.messages else self._server.handle_completions
+        work = inbox.loop.run_in_executor(self._pool, handle, _body(request, self.can.context), hear)
         work.add_done_callback(lambda _: inbox.put(None))
         return work
 
@@ -158,7 +166,7 @@ class _Reply:
         if error["type"] == "exceed_context_size_error":
             return ContextFull(error["n_prompt_tokens"] + 1, error["n_ctx"])
         if error["type"] == "invalid_request_error":
-            param = "messages" if self._request.prompt_ids is None else "prompt_ids"
+            param = next(name for name in ("messages", "prompt", "prompt_ids") if getattr(self._request, name))
             return RequestError(f"llama.cpp refused the request: {error['message']}", param=param)
         return EngineError(f"llama.cpp failed: {error['message']}")
 
@@ -171,8 +179,9 @@ def _usage(usage: Event) -> Usage:
     return Usage(usage["prompt_tokens"], usage["completion_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
 
 
-def _body(request: Request) -> dict[str, object]:
-    """The request as llama.cpp's server takes it, without those of its own defaults that change the answer."""
+def _body(request: Request, context: int | None) -> dict[str, object]:
+    """The request as llama.cpp's server takes it, without those of its own defaults that change the answer, and with
+    its samplers in the order of engines/sampling.py."""
     sampling = request.sampling
     body: dict[str, object] = {
         "max_tokens": request.max_tokens,
@@ -180,15 +189,21 @@ def _body(request: Request) -> dict[str, object]:
         "ignore_eos": request.ignore_eos,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "samplers": ["temperature", "top_p"],
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repetition_penalty,
+        "repeat_last_n": context,  # of all tokens, not of the last 64
+        "logit_bias": [[token, bias] for token, bias in sampling.logit_bias],
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
         "stream": True,
         "stream_options": {"include_usage": True},
         "return_progress": True,  # calls back while the prompt is filled, so that it can be stopped there
     }
     if sampling.seed is not None:
         body["seed"] = sampling.seed % _SEEDS
-    if request.prompt_ids is not None:
-        return body | {"prompt": list(request.prompt_ids), "n_probs": max(1, request.top_logprobs)}
+    if not request.messages:
+        prompt = request.prompt if request.prompt_ids is None else list(request.prompt_ids)
+        return body | {"prompt": prompt, "n_probs": max(1, request.top_logprobs)}
     messages = [{"role": message.role, "content": message.content} for message in request.messages]
     return body | {"messages": messages, "logprobs": True, "top_logprobs": max(1, request.top_logprobs)}
 
@@ -199,6 +214,11 @@ def _context(fields: Mapping[str, object], wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= most:
         raise UsageError(f"a context of {wanted} tokens was asked for, the model has 1 to {most}")
     return -(-(wanted or min(most, _DEFAULT_CONTEXT)) // _CONTEXT_STEP) * _CONTEXT_STEP
+
+
+def _vocab(fields: Mapping[str, object]) -> int | None:
+    tokens = fields.get("tokenizer.ggml.tokens")
+    return len(tokens) if isinstance(tokens, Sized) else None
 
 
 def _load(path: Path, context: int, slots: int, threads: int | None) -> Any:

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Literal
 
 from edgewise import registry
-from edgewise.engines.base import Generator
+from edgewise.engines.base import Generator, TokenModel
 from edgewise.engines.decode import Decoder
-from edgewise.errors import SourceError
+from edgewise.errors import SourceError, UsageError
+from edgewise.models.bundle import Bundle
 from edgewise.models.store import find
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.settings import ModelSettings
 
+Mode = Literal["fast", "stable"]
+Runtime = Literal["auto", "native", "onnxruntime"]
+Chosen = Literal["native", "onnxruntime"]
 DEFAULTS = ModelSettings()
 
 
@@ -20,7 +24,8 @@ def open_generator(
     spec: str,
     *,
     home: Path,
-    mode: Literal["fast", "stable"] = DEFAULTS.mode,
+    runtime: Runtime = DEFAULTS.runtime,
+    mode: Mode = DEFAULTS.mode,
     slots: int = DEFAULTS.slots,
     context: int | None = DEFAULTS.context,
 ) -> Generator:
@@ -32,8 +37,34 @@ def open_generator(
     if spec.lower().endswith(".gguf"):
         return _generator("llamacpp", _file(spec), slots=slots, context=context)
     bundle = find(spec, home)
-    model = registry.engine("onnx")(bundle, mode=mode, slots=slots, context=context)
+    model = local_model(bundle, runtime=runtime, mode=mode, slots=slots, context=context)
     return Decoder(model, Tokenizer.open(bundle.path), name=bundle.name)
+
+
+def local_model(
+    bundle: Bundle,
+    *,
+    runtime: Runtime = DEFAULTS.runtime,
+    mode: Mode = DEFAULTS.mode,
+    slots: int = DEFAULTS.slots,
+    context: int | None = DEFAULTS.context,
+) -> TokenModel:
+    """The bundle on the runtime that `chosen_runtime` says. The native kernels are `stable` in either mode."""
+    native = chosen_runtime(bundle, runtime) == "native"
+    arguments = {"slots": slots, "context": context} if native else {"slots": slots, "context": context, "mode": mode}
+    model: TokenModel = registry.engine("native" if native else "onnx")(bundle, **arguments)
+    return model
+
+
+def chosen_runtime(bundle: Bundle, runtime: Runtime = DEFAULTS.runtime) -> Chosen:
+    """The native kernels where they can run the bundle, else onnxruntime; `runtime` insists on one of them. UsageError
+    if the native ones are wanted and cannot."""
+    reason = None if runtime == "onnxruntime" else registry.engine("native").why_not(bundle)
+    if runtime == "native" and reason is not None:
+        raise UsageError(
+            f"the native kernels cannot run {bundle.name}: {reason}", hint="take the runtime auto or onnxruntime"
+        )
+    return "onnxruntime" if runtime == "onnxruntime" or reason is not None else "native"
 
 
 def _generator(engine: str, *args: object, **kwargs: object) -> Generator:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import ipaddress
-import math
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -19,7 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 import httpx2
 
 from edgewise.engines.answer import Stopwatch, check_request
-from edgewise.engines.base import Capabilities
+from edgewise.engines.base import ALL_SAMPLING, Capabilities
 from edgewise.errors import (
     ConfigError,
     ContextFull,
@@ -31,10 +30,21 @@ from edgewise.errors import (
     RemoteTimeout,
     Unreachable,
 )
+from edgewise.settings import CloudSettings
 from edgewise.types import Chunk, FinishReason, Request, Token, Usage
 from edgewise.wire import sse
-from edgewise.wire.openai import ChunkBody, ErrorBody, decode_chunk, decode_error, decode_models, encode_chat
+from edgewise.wire.answers import (
+    ChunkBody,
+    ErrorBody,
+    TextCompletion,
+    decode_chunk,
+    decode_error,
+    decode_models,
+    decode_text_chunk,
+)
+from edgewise.wire.openai import encode_request
 
+DEFAULTS = CloudSettings()
 ANSWER_LIMIT = 64 << 20  # bytes of one answer, all events together
 ERROR_LIMIT = 64 << 10  # bytes of an error answer that are read
 MODELS_LIMIT = 1 << 20
@@ -56,6 +66,7 @@ ERRORS: Final[tuple[tuple[type[Exception], type[EdgewiseError], str], ...]] = (
     (httpx2.StreamError, RemoteBroken, "the exchange failed"),
 )
 VENDOR_ERRORS = tuple(vendor for vendor, _, _ in ERRORS)
+Piece = ChunkBody | TextCompletion
 _ANY_FAILURE: Final[tuple[type[Exception], ...]] = (*VENDOR_ERRORS, TimeoutError, EdgewiseError)
 
 
@@ -63,11 +74,15 @@ class OpenAI:
     """A Generator over `url` (with or without a final `/v1`).
 
     Tokens carry what the remote side tells: where it sends no log-probs, each piece of text counts as one token with
-    `logprob` None and id -1. `key` goes into the Authorization header and nowhere else. ConfigError for a bad address
-    or key. May be used from several event loops; each has its own connections, and `close` closes those of its loop.
+    `logprob` None and id -1. All that was asked for is sent, also what OpenAI's API does not have (wire/openai.py names
+    it): that API refuses it, as it should, but a server that skips unknown fields will skip those.
+
+    `key` goes into the Authorization header and nowhere else. `answer_timeout_s` bounds an answer as a whole, for
+    servers that trickle. ConfigError for a bad address or key. May be used from several event loops; each has its own
+    connections, and `close` closes those of its loop.
     """
 
-    can = Capabilities(logprobs=True, top_logprobs=20, seed=True)
+    can = Capabilities(logprobs=True, top_logprobs=20, seed=True, sampling=ALL_SAMPLING, prompt_ids=True)
 
     def __init__(
         self,
@@ -77,6 +92,7 @@ class OpenAI:
         key: str | None = None,
         connect_timeout_s: float = 3.0,
         read_timeout_s: float = 60.0,
+        answer_timeout_s: float = DEFAULTS.answer_s,
     ) -> None:
         parts = _checked_url(url)
         self.name = parts.netloc if model == "auto" else model
@@ -84,6 +100,7 @@ class OpenAI:
         self.url = _base(parts)
         self._key = _checked_key(key)
         self._trust_environment = not _is_loopback(parts.hostname or "")  # a proxy has no way to our own machine
+        self._answer_timeout_s = answer_timeout_s
         self._timeout = httpx2.Timeout(read_timeout_s, connect=connect_timeout_s)
         self._limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)  # callers bound the rest
         self._clients: dict[asyncio.AbstractEventLoop, httpx2.AsyncClient] = {}
@@ -123,12 +140,12 @@ class OpenAI:
     async def _generate(self, request: Request, watch: Stopwatch) -> AsyncIterator[Chunk]:
         check_request(request, self.can)
         watch.check()
-        answer = _Answer()
+        answer = _Answer(self._answer_timeout_s)
         async with aclosing(self._pieces(request, watch, answer)) as pieces:
             async for piece in pieces:
                 tokens = answer.take(piece)
                 for _ in tokens:
-                    watch.token()
+                    watch.token(answer.read_at)
                 if answer.text or tokens:
                     yield Chunk(answer.text, tokens, model=answer.model or self.name)
         if answer.finish_reason is None:
@@ -140,33 +157,34 @@ class OpenAI:
             model=answer.model or self.name,
         )
 
-    async def _pieces(self, request: Request, watch: Stopwatch, answer: _Answer) -> AsyncGenerator[ChunkBody, None]:
+    async def _pieces(self, request: Request, watch: Stopwatch, answer: _Answer) -> AsyncGenerator[Piece, None]:
         """The pieces of the answer as they come. Once it is complete, nothing that goes wrong with the rest counts."""
+        decode = decode_chunk if request.messages else decode_text_chunk
         with self._mapped_errors():
-            response = await self._send(request, watch)
+            response = await self._send(request, watch, answer)
             try:
                 async with aclosing(_events(response, watch, answer)) as events:
                     async for event in events:
                         if event.data == b"[DONE]":
                             answer.end()
                         elif not answer.ended:
-                            yield self._piece(event, response.headers)
+                            yield self._checked(decode(event.data), response.headers)
             except _ANY_FAILURE:
                 if answer.finish_reason is None:
                     raise
             finally:
                 await response.aclose()
 
-    async def _send(self, request: Request, watch: Stopwatch) -> httpx2.Response:
+    async def _send(self, request: Request, watch: Stopwatch, answer: _Answer) -> httpx2.Response:
         """The response, its body unread; whoever gets it closes it. Anything but a 200 is raised."""
         client = self._client()
         message = client.build_request(
             "POST",
-            f"{self.url}/chat/completions",
-            content=encode_chat(request, self.model),
+            f"{self.url}/{'chat/completions' if request.messages else 'completions'}",
+            content=encode_request(request, self.model),
             headers=self._headers() | _wishes(request, watch),
         )
-        async with _until(watch):
+        async with _until(watch, answer.patience_s):
             response = await client.send(message, stream=True)
             try:
                 if response.status_code == 200:
@@ -178,8 +196,8 @@ class OpenAI:
             await response.aclose()
         raise self._refusal(response.status_code, response.headers, error)
 
-    def _piece(self, event: sse.Event, headers: Mapping[str, str]) -> ChunkBody:
-        piece = decode_chunk(event.data)
+    def _checked(self, piece: Piece, headers: Mapping[str, str]) -> Piece:
+        """The piece, if it is not an error in the place of one."""
         error = ErrorBody(message=piece.error) if isinstance(piece.error, str) else piece.error
         if isinstance(error, ErrorBody):
             raise self._refusal(_status_of(error), headers, error)
@@ -205,6 +223,11 @@ class OpenAI:
         """Errors of httpx2 leave as ours, without its text: that may repeat headers."""
         try:
             yield
+        except TimeoutError:  # ours, and with no answer: that of a complete one is nobody's concern
+            raise RemoteTimeout(
+                f"{self.url} was not done after {self._answer_timeout_s:g} s",
+                hint="cloud.answer_s sets how long an answer may take",
+            ) from None
         except VENDOR_ERRORS as e:
             self._check_open()  # close() breaks the connections of what still runs
             ours, text = next((ours, text) for vendor, ours, text in ERRORS if isinstance(e, vendor))
@@ -243,9 +266,12 @@ class OpenAI:
 
 
 class _Answer:
-    """What is known so far of an answer; `text` is that of the newest piece."""
+    """What is known so far of an answer, which may take `most_s`; `text` is that of the newest piece, `read_at` when it
+    came in (the monotonic clock): pieces that came together were not made in the time that it takes to read them."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_s: float) -> None:
+        self._end = time.monotonic() + most_s
+        self.read_at = 0.0
         self.text = ""
         self.model: str | None = None
         self.usage: Usage | None = None
@@ -257,9 +283,9 @@ class _Answer:
         """How long to wait for more; the timeouts of the connection bound it too."""
         if self.ended:
             return DRAIN_WAIT_S
-        return math.inf if self.finish_reason is None else USAGE_WAIT_S
+        return self._end - time.monotonic() if self.finish_reason is None else USAGE_WAIT_S
 
-    def take(self, piece: ChunkBody) -> tuple[Token, ...]:
+    def take(self, piece: Piece) -> tuple[Token, ...]:
         """The tokens of one more piece."""
         self.text = ""
         self.model = self.model or piece.model
@@ -294,6 +320,7 @@ async def _events(response: httpx2.Response, watch: Stopwatch, answer: _Answer) 
                 piece = await anext(pieces, None)
             if piece is None:
                 break
+            answer.read_at = time.monotonic()
             left -= len(piece)
             if left < 0:
                 raise RemoteBroken(f"the answer is longer than {ANSWER_LIMIT} bytes")
@@ -304,13 +331,12 @@ async def _events(response: httpx2.Response, watch: Stopwatch, answer: _Answer) 
 
 
 @asynccontextmanager
-async def _until(watch: Stopwatch, most_s: float = math.inf) -> AsyncIterator[None]:
+async def _until(watch: Stopwatch, most_s: float) -> AsyncIterator[None]:
     """Bounds what is awaited inside by the deadline of the request, which then is DeadlineExceeded, and by `most_s`,
     which is TimeoutError. Never held across a yield: it would cancel the reader."""
     left_s = watch.remaining_s()
-    seconds = min(left_s, most_s)
     try:
-        async with asyncio.timeout(None if seconds == math.inf else seconds):
+        async with asyncio.timeout(min(left_s, most_s)):
             yield
     except TimeoutError:
         if most_s < left_s:
@@ -345,18 +371,21 @@ _HINTS = {
     429: "its quota is used up, or it is busy",
 }
 _CONTEXT_WORDS = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
+_CONTEXT_LIMIT = re.compile(r"context (?:length|size|window)(?: is| of|:)? (\d{1,9})\b", re.IGNORECASE)
 
 
 def _context_full(error: ErrorBody) -> ContextFull | None:
     """Whether the prompt was too long, as OpenAI, vLLM and llama-server say it. The need is the largest number in the
-    text, the limit the largest below it; None where there are no two."""
+    text; the limit is the one that is called so, else the largest below the need. None where there are no two."""
     if isinstance(error.n_prompt_tokens, int) and isinstance(error.n_ctx, int):
         return ContextFull(error.n_prompt_tokens, error.n_ctx)
     text = error.message or ""
     if error.code != "context_length_exceeded" and not _CONTEXT_WORDS.search(text):
         return None
-    numbers = sorted({int(number) for number in re.findall(r"\b\d{1,9}\b", text)})
-    return ContextFull(numbers[-1], numbers[-2]) if len(numbers) >= 2 else None
+    *below, needed = sorted({int(number) for number in re.findall(r"\b\d{1,9}\b", text)}) or [0]
+    named = _CONTEXT_LIMIT.search(text)
+    limit = int(named[1]) if named else max(below, default=needed)
+    return ContextFull(needed, limit) if limit < needed else None
 
 
 def _status_of(error: ErrorBody) -> int:

@@ -1,0 +1,185 @@
+"""A model on this machine as a `TokenModel`: sessions, lengths and checks. What computes is a subclass's affair."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from edgewise.engines.base import Row
+from edgewise.errors import ContextFull, EngineClosed, EngineError, GapError, Overloaded
+from edgewise.models.bundle import Bundle
+from edgewise.models.card import Card
+from edgewise.types import FloatArray, IdArray
+
+CHUNK = 256  # most rows computed at once; longer ones are split here: 512 are no faster and take more memory
+KV = TypeVar("KV")
+
+
+@dataclass
+class _Process:
+    """The runtimes fix their pools at their first use in a process."""
+
+    threads: int | None = None
+    fixed: bool = False
+
+
+_process = _Process()
+
+
+def set_threads(threads: int) -> None:
+    """How many threads compute, for all models of the process. EngineError once a model is there and has another
+    number; without a call it is one per core."""
+    if _process.fixed and _process.threads != threads:
+        raise EngineError(
+            f"the thread pool has {_process.threads} threads already and cannot be given {threads}",
+            hint="call set_threads once, before the first model is loaded",
+        )
+    _process.threads = threads
+
+
+def fixed_threads() -> int:
+    """The number that a runtime starts with, from now on for good."""
+    _process.fixed = True
+    if _process.threads is None:
+        _process.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _process.threads
+
+
+def untouched(*shape: int) -> FloatArray:
+    """float32 zeros whose pages come one by one as they are used. numpy would ask for huge pages, and one row of keys
+    in each of many heads would bring in 2 MiB of memory a head."""
+    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+@dataclass
+class _Slot(Generic[KV]):
+    kv: KV
+    length: int = 0
+    limit: int = 0
+
+
+class LocalModel(ABC, Generic[KV]):
+    """See engines/base.py for its promises. `slots` sessions at once, each of up to `context` positions (None: what the
+    model was trained for). KV belongs to slots: a closed session's is used again, and a rewind is a length."""
+
+    def __init__(self, bundle: Bundle, *, slots: int, context: int | None) -> None:
+        card = bundle.card
+        if context is not None and not 0 < context <= card.context:
+            raise ContextFull(context, card.context)
+        self.name = bundle.name
+        self.card: Card = card
+        self.vocab = card.vocab
+        self.context = context or card.context
+        self.slots = slots
+        self._free: list[_Slot[KV]] = []
+        self._open: dict[str, _Slot[KV]] = {}
+        self._closed = False
+        self._logits = np.empty((0, card.vocab), dtype=np.float32)
+
+    @abstractmethod
+    def _new_kv(self) -> KV:
+        """Room for `context` positions; no page of it is touched before it is used."""
+
+    @abstractmethod
+    def _hidden(self, kv: KV, position: int, ids: IdArray) -> FloatArray:
+        """Append at most CHUNK ids at `position`; their hidden states float32 [len(ids), hidden] before the final norm,
+        valid until the next call."""
+
+    @abstractmethod
+    def _project(self, hidden: FloatArray, out: FloatArray) -> None:
+        """Logits of at most CHUNK rows `hidden` into `out` [rows, vocab]."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free the weights now, whoever still holds this object."""
+
+    async def open(self, session: str, limit: int) -> None:
+        self._check_alive()
+        if session in self._open:
+            raise ValueError(f"session {session!r} is open already")
+        if limit > self.context:
+            raise ContextFull(limit, self.context)
+        if len(self._open) >= self.slots:
+            raise Overloaded(
+                f"all {self.slots} slots of {self.name} are taken", hint="close a session, or load with more slots"
+            )
+        slot = self._free.pop() if self._free else _Slot(self._new_kv())
+        slot.length, slot.limit = 0, limit
+        self._open[session] = slot
+
+    async def forward(self, rows: Sequence[Row]) -> list[FloatArray]:
+        self._check_alive()
+        for row in rows:
+            self._check_row(row)
+        if len({row.session for row in rows}) < len(rows):
+            raise ValueError("a session has more than one row in a forward")
+        out = self._room_for(sum(row.want for row in rows))
+        done, answers = 0, []
+        for row in rows:
+            self._append(row, out[done : done + row.want])
+            answers.append(out[done : done + row.want])
+            done += row.want
+        return answers
+
+    async def rewind(self, session: str, position: int) -> None:
+        slot = self._open[session]
+        if not 0 <= position <= slot.length:
+            raise GapError(session, position, slot.length)
+        slot.length = position
+
+    async def close(self, session: str) -> None:
+        slot = self._open.pop(session, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    async def shutdown(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._open.clear()
+            self._free.clear()
+            self._logits = self._logits[:0]
+            self._release()
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise EngineClosed(f"{self.name} was shut down")
+
+    def _check_row(self, row: Row) -> None:
+        slot, count = self._open[row.session], len(row.ids)
+        if not 0 <= row.position <= slot.length:
+            raise GapError(row.session, row.position, slot.length)
+        if row.position + count > slot.limit:
+            raise ContextFull(row.position + count, slot.limit)
+        if count == 0 or not 0 <= row.want <= count:
+            raise ValueError(f"a row of {count} ids cannot give {row.want} logits")
+        if row.ids.min() < 0 or row.ids.max() >= self.vocab:
+            raise ValueError(f"token ids must be 0..{self.vocab - 1}, the row holds {row.ids.min()}..{row.ids.max()}")
+
+    def _room_for(self, rows: int) -> FloatArray:
+        """The logits buffer; grown when a forward wants more rows than any before."""
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self.vocab), dtype=np.float32)
+        return self._logits
+
+    def _append(self, row: Row, out: FloatArray) -> None:
+        slot, count = self._open[row.session], len(row.ids)
+        slot.length = row.position
+        first_wanted = count - row.want
+        for start, end in pairwise(self._cuts(row.position, count)):
+            hidden = self._hidden(slot.kv, row.position + start, row.ids[start:end])
+            slot.length = row.position + end
+            if end > first_wanted:
+                skip = max(first_wanted - start, 0)
+                self._project(hidden[skip:], out[max(start - first_wanted, 0) : end - first_wanted])
+
+    def _cuts(self, position: int, count: int) -> list[int]:
+        """Where `count` ids at `position` are cut for the runs: 0, …, count."""
+        return [*range(0, count, CHUNK), count]

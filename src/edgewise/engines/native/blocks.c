@@ -1,0 +1,528 @@
+/* Decoder layers and the head over packed matrices: what edgewise/engines/native_blocks.py calls.
+
+   Nothing here checks shapes; the caller does. Functions that allocate return NULL or 0 when memory is out. */
+#include <cpuid.h>
+#include <immintrin.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "native.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define ALIGNMENT 64
+#define GROUPS_AT_ONCE 4 /* groups of 16 outputs whose codes are read for tile after tile; they stay in a near cache */
+#define ITEMS 4          /* a thread's at least, of a product: so uneven cores finish together, and claims stay few */
+
+static const ew_kernels *kernels;
+static int threads = 1;
+
+static void *aligned(size_t bytes) {
+    return aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d; /* no name for it in __builtin_cpu_supports before GCC 14 */
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+static const struct { /* best first */
+    const ew_kernels *kernels;
+    int (*there)(void);
+} all[] = {{&ew_kernels_avx512, has_avx512}, {&ew_kernels_avxvnni, has_avx_vnni}, {&ew_kernels_avx2, has_avx2}};
+
+/* Choose the kernels (`name`, or the best this processor has for "") and start `wanted` threads. The name in use, NULL if none. */
+EXPORT const char *ew_start(const char *name, int wanted) {
+    const ew_kernels *best = NULL;
+    __builtin_cpu_init();
+    for (size_t i = 0; i < sizeof all / sizeof *all && !best; i++)
+        if (all[i].there() && (!name[0] || !strcmp(name, all[i].kernels->name))) best = all[i].kernels;
+    if (!best) return NULL;
+    kernels = best;
+    threads = ew_pool_start(wanted);
+    return kernels->name;
+}
+
+/* ---- packing ---- */
+
+typedef struct {
+    ew_matrix *to;
+    const uint8_t *packed;         /* [outputs][inputs / block][block * bits / 8], 4 bits: even element in the low half */
+    const float *scales, *minima;  /* scales [outputs][inputs / block]; minima may be NULL */
+    int minima_row, minima_block;  /* strides of minima, in floats */
+} packing;
+
+#pragma GCC push_options
+#pragma GCC target("avx,f16c")
+static uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+static float to_float(uint16_t x) { return _cvtsh_ss(x); }
+#pragma GCC pop_options
+
+/* Eight 4-bit codes, as neighbours in each byte, to the kernels' order: 0..3 in the low halves, 4..7 in the high ones. */
+static void pack8(const uint8_t *from, uint8_t *to) {
+    for (int i = 0; i < 2; i++) {
+        to[2 * i] = (uint8_t)((from[i] & 15) | from[i + 2] << 4);
+        to[2 * i + 1] = (uint8_t)(from[i] >> 4 | (from[i + 2] & 0xf0));
+    }
+}
+
+static float scale_of(const packing *p, size_t row, int block) {
+    const int blocks = p->to->inputs / p->to->block;
+    return row < (size_t)p->to->outputs ? p->scales[row * blocks + block] : 0;
+}
+
+/* As a kernel adds it: codes are centred in a bundle, not in a kernel. */
+static float minimum_of(const packing *p, size_t row, int block) {
+    const float centred = row < (size_t)p->to->outputs && p->minima ? p->minima[row * p->minima_row + (size_t)block * p->minima_block] : 0;
+    return centred - (float)(1 << (p->to->bits - 1)) * scale_of(p, row, block);
+}
+
+/* Whether float16 gives back the very scales, and minima that make the bundle's own. */
+static int fit_half(const packing *p) {
+    const ew_matrix *w = p->to;
+    for (size_t row = 0; row < (size_t)w->outputs; row++)
+        for (int b = 0; b < w->inputs / w->block; b++) {
+            const float scale = scale_of(p, row, b), minimum = to_float(to_half(minimum_of(p, row, b)));
+            if (to_float(to_half(scale)) != scale) return 0;
+            if (!p->minima) continue;
+            if (minimum + (float)(1 << (w->bits - 1)) * scale != p->minima[row * p->minima_row + (size_t)b * p->minima_block]) return 0;
+        }
+    return 1;
+}
+
+static void put(void *to, int bytes, size_t at, float value) {
+    if (bytes == 4) ((float *)to)[at] = value;
+    else ((uint16_t *)to)[at] = to_half(value);
+}
+
+static void pack_group(void *context, int g, int thread) {
+    (void)thread;
+    const packing *p = context;
+    ew_matrix *w = p->to;
+    const int blocks = w->inputs / w->block, words = w->inputs * w->bits / 32;
+    uint8_t *codes = w->codes + (size_t)g * words * 4 * EW_COLUMNS;
+    for (int n = 0; n < EW_COLUMNS; n++) {
+        const size_t row = (size_t)g * EW_COLUMNS + n;
+        for (int b = 0; b < blocks; b++) {
+            const size_t at = ((size_t)g * blocks + b) * EW_COLUMNS + n;
+            put(w->scales, w->factor_bytes, at, scale_of(p, row, b));
+            if (w->minima) put(w->minima, w->factor_bytes, at, minimum_of(p, row, b));
+        }
+        for (int i = 0; i < words; i++) {
+            uint8_t *to = codes + ((size_t)i * EW_COLUMNS + n) * 4;
+            const uint8_t *from = p->packed + (row * words + i) * 4;
+            if (row >= (size_t)w->outputs) memset(to, 0, 4);
+            else if (w->bits == 8) memcpy(to, from, 4);
+            else pack8(from, to);
+        }
+    }
+}
+
+EXPORT void ew_matrix_free(ew_matrix *w) {
+    if (!w) return;
+    free(w->codes), free(w->scales), free(w->minima), free(w);
+}
+
+EXPORT ew_matrix *ew_matrix_new(int outputs, int inputs, int bits, int block, const uint8_t *packed, const float *scales,
+                                const float *minima, int minima_row, int minima_block) {
+    const size_t padded = (size_t)(outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS, factors = padded * (inputs / block);
+    ew_matrix *w = malloc(sizeof *w);
+    if (!w) return NULL;
+    *w = (ew_matrix){outputs, inputs, bits, block, 4, NULL, NULL, NULL};
+    packing p = {w, packed, scales, minima, minima_row, minima_block};
+    w->factor_bytes = fit_half(&p) ? 2 : 4;
+    w->codes = aligned(padded * inputs * bits / 8);
+    w->scales = aligned(factors * w->factor_bytes);
+    w->minima = minima ? aligned(factors * w->factor_bytes) : NULL;
+    if (!w->codes || !w->scales || (minima && !w->minima)) {
+        ew_matrix_free(w);
+        return NULL;
+    }
+    ew_parallel((int)(padded / EW_COLUMNS), pack_group, &p);
+    return w;
+}
+
+/* ---- products ---- */
+
+typedef struct {
+    const ew_matrix *w;
+    const ew_activations *x;
+    float *out; /* [rows][stride], room for outputs rounded up to 16 */
+    int stride;
+    /* When set, w is the gate and the same groups of `up` (rows from `up_group` on) make out = activation(gate) * up. */
+    const ew_matrix *up;
+    int up_group, gelu;
+    const float *bias, *up_bias;
+} product;
+
+static int groups_of(const ew_matrix *w) { return (w->outputs + EW_COLUMNS - 1) / EW_COLUMNS; }
+
+static int least(int a, int b) { return a < b ? a : b; }
+
+static void add(float *x, const float *y, int size) {
+    for (int i = 0; i < size; i++) x[i] += y[i];
+}
+
+/* Some groups of outputs for the rows of one tile. */
+static void product_tile(const product *p, int first, int count, int row, int rows) {
+    const ew_activations *x = p->x;
+    const int8_t *codes = x->codes + (size_t)row * x->inputs;
+    const ew_factor *factors = x->factors + (size_t)row * (x->inputs / EW_BLOCK);
+    const int at = first * EW_COLUMNS, size = count * EW_COLUMNS;
+    float *out = p->out + (size_t)row * p->stride + at;
+    if (!p->up) {
+        kernels->matmul(p->w, first, count, rows, codes, factors, out, p->stride);
+        return;
+    }
+    float gate[EW_TILES * EW_COLUMNS * GROUPS_AT_ONCE], up[EW_TILES * EW_COLUMNS * GROUPS_AT_ONCE];
+    kernels->matmul(p->w, first, count, rows, codes, factors, gate, size);
+    kernels->matmul(p->up, p->up_group + first, count, rows, codes, factors, up, size);
+    for (int m = 0; m < rows; m++) {
+        float *g = gate + m * size, *u = up + m * size;
+        if (p->bias) add(g, p->bias + at, size);
+        if (p->up_bias) add(u, p->up_bias + at, size);
+        kernels->gate(g, u, p->gelu, size, out + (size_t)m * p->stride);
+    }
+}
+
+static int groups_in(const product *p) { return p->up ? p->stride / EW_COLUMNS : groups_of(p->w); }
+
+/* Groups of an item: with few rows each is little work, and more of them go together. */
+static int groups_per_item(const product *p) {
+    const int shared = groups_in(p) / (ITEMS * threads);
+    return p->x->rows > kernels->tile || shared < GROUPS_AT_ONCE ? GROUPS_AT_ONCE : shared;
+}
+
+static void product_item(void *context, int item, int thread) {
+    (void)thread;
+    const product *p = context;
+    const int size = groups_per_item(p), end = least((item + 1) * size, groups_in(p));
+    for (int first = item * size; first < end; first += GROUPS_AT_ONCE)
+        for (int row = 0; row < p->x->rows; row += kernels->tile)
+            product_tile(p, first, least(GROUPS_AT_ONCE, end - first), row, least(kernels->tile, p->x->rows - row));
+}
+
+static void multiply(const product *p) {
+    const int size = groups_per_item(p);
+    ew_parallel((groups_in(p) + size - 1) / size, product_item, (void *)p);
+}
+
+/* ---- one layer ---- */
+
+typedef struct {
+    const ew_card *card;
+    const ew_layer *layer;
+    const ew_kv *kv;
+    int number, position, rows; /* number of the layer, -1 for the head */
+    float *x;                     /* [rows][hidden], the residual stream */
+    float *wide, *mixed;          /* [rows][widest row between matrices], [rows][heads * head_dim] */
+    int places, spans;            /* room for that many tiles of that many spans each */
+    ew_part *parts;               /* [places][spans][tile] */
+    float *mixes;                 /* [places][spans][tile][head_dim] */
+    ew_activations a;
+    const float *weight; /* of the norm that a tile of rows passes on its way to int8; NULL: none */
+    const float *source; /* rows of a.inputs floats */
+    float *normed;       /* [rows][hidden] */
+} pass;
+
+typedef struct {
+    int places, spans;
+    float *wide, *mixed, *normed, *mixes;
+    ew_part *parts;
+    int8_t *codes;
+    ew_factor *factors;
+} ew_workspace;
+
+static int up16(int n) { return (n + 15) / 16 * 16; }
+
+EXPORT void ew_workspace_free(ew_workspace *s) {
+    if (!s) return;
+    free(s->wide), free(s->mixed), free(s->normed), free(s->parts), free(s->mixes), free(s->codes), free(s->factors), free(s);
+}
+
+/* Room for passes of up to `rows` rows. */
+EXPORT ew_workspace *ew_workspace_new(const ew_card *c, int rows) {
+    const int qkv = up16(c->heads * c->head_dim) + 2 * up16(c->kv_heads * c->head_dim);
+    const int wide = qkv > c->ffn ? (qkv > c->hidden ? qkv : up16(c->hidden)) : (c->ffn > c->hidden ? c->ffn : up16(c->hidden));
+    const int inputs = wide > c->heads * c->head_dim ? wide : c->heads * c->head_dim;
+    ew_workspace *s = calloc(1, sizeof *s);
+    if (!s) return NULL;
+    s->places = threads > c->kv_heads ? threads : c->kv_heads, s->spans = (c->capacity + EW_SPAN - 1) / EW_SPAN;
+    const size_t parts = (size_t)s->places * s->spans * EW_TILES;
+    s->wide = aligned((size_t)rows * wide * 4);
+    s->mixed = aligned((size_t)rows * c->heads * c->head_dim * 4);
+    s->normed = aligned((size_t)rows * c->hidden * 4);
+    s->parts = aligned(parts * sizeof(ew_part));
+    s->mixes = aligned(parts * c->head_dim * 4);
+    s->codes = aligned((size_t)rows * inputs);
+    s->factors = aligned((size_t)rows * (inputs / EW_BLOCK + 1) * sizeof(ew_factor));
+    if (!s->wide || !s->mixed || !s->normed || !s->parts || !s->mixes || !s->codes || !s->factors) {
+        ew_workspace_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+static void quantize_tile(void *context, int tile, int thread) {
+    (void)thread;
+    const pass *p = context;
+    const int first = tile * kernels->tile, rows = least(kernels->tile, p->rows - first), inputs = p->a.inputs;
+    int8_t *codes = p->a.codes + (size_t)first * inputs;
+    ew_factor *factors = p->a.factors + (size_t)first * (inputs / EW_BLOCK);
+    for (int m = 0; m < rows; m++) {
+        const float *x = p->source + (size_t)(first + m) * inputs;
+        float *normed = p->normed + (size_t)(first + m) * inputs;
+        if (p->weight) kernels->norm(x, p->weight, p->card->norm_eps, inputs, normed);
+        kernels->quantize(p->weight ? normed : x, inputs, rows, m, codes, factors);
+    }
+}
+
+/* Rows of `source` [rows][inputs] to int8, normed before if there is a weight. */
+static void quantize(pass *p, const float *source, int inputs, const float *weight) {
+    p->source = source, p->weight = weight;
+    p->a = (ew_activations){p->rows, inputs, p->a.codes, p->a.factors};
+    ew_parallel((p->rows + kernels->tile - 1) / kernels->tile, quantize_tile, p);
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int half) {
+    for (int i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+/* Norm and rotation of the queries or keys of one row. */
+static void turn_heads(const pass *p, float *heads, int count, int position, const float *weight) {
+    const ew_card *c = p->card;
+    const int half = p->layer->turned / 2;
+    if (weight && c->whole_norm) kernels->norm(heads, weight, c->norm_eps, count * c->head_dim, heads);
+    for (int h = 0; h < count; h++) {
+        float *x = heads + h * c->head_dim;
+        if (weight && !c->whole_norm) kernels->norm(x, weight, c->norm_eps, c->head_dim, x);
+        rotate(x, p->layer->cos + (size_t)position * half, p->layer->sin + (size_t)position * half, half);
+    }
+}
+
+/* Bias, norms and rotation of one row's queries, keys and values; keys and values go to their places. */
+static void place_row(void *context, int row, int thread) {
+    (void)thread;
+    const pass *p = context;
+    const ew_card *c = p->card;
+    const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, at = p->position + row;
+    float *queries = p->wide + (size_t)row * (q + 2 * kv), *keys = queries + q, *values = keys + kv;
+    if (p->layer->qkv_bias) add(queries, p->layer->qkv_bias, q + 2 * kv);
+    turn_heads(p, queries, c->heads, at, p->layer->q_norm);
+    turn_heads(p, keys, c->kv_heads, at, p->layer->k_norm);
+    for (int h = 0; h < c->kv_heads; h++) {
+        const size_t head = (size_t)h * c->capacity * c->head_dim;
+        float *k = p->kv->keys + head + (size_t)(at / 16) * 16 * c->head_dim + at % 16;
+        for (int d = 0; d < c->head_dim; d++) k[16 * d] = keys[h * c->head_dim + d];
+        memcpy(p->kv->values + head + (size_t)at * c->head_dim, values + h * c->head_dim, c->head_dim * 4);
+    }
+}
+
+/* Queries are numbered kv head by kv head, row by row, head by head; a tile of them has one kv head's. */
+static int tiles_per_kv_head(const pass *p) {
+    return (p->rows * (p->card->heads / p->card->kv_heads) + kernels->tile - 1) / kernels->tile;
+}
+
+static int spans(const pass *p) { return (p->position + p->rows + EW_SPAN - 1) / EW_SPAN; }
+
+typedef struct {
+    int queries, kv_head, begin[EW_TILES], end[EW_TILES];
+    const float *q[EW_TILES];
+    float *out[EW_TILES];
+} tile;
+
+static tile tile_of(const pass *p, int number) {
+    const ew_card *c = p->card;
+    const int tiles = tiles_per_kv_head(p), share = c->heads / c->kv_heads, first = number % tiles * kernels->tile;
+    const int q_size = c->heads * c->head_dim, stride = q_size + 2 * c->kv_heads * c->head_dim;
+    tile t = {.queries = least(kernels->tile, p->rows * share - first), .kv_head = number / tiles};
+    for (int i = 0; i < t.queries; i++) {
+        const int row = (first + i) / share, head = t.kv_head * share + (first + i) % share;
+        t.q[i] = p->wide + (size_t)row * stride + head * c->head_dim;
+        t.out[i] = p->mixed + (size_t)row * q_size + head * c->head_dim;
+        t.end[i] = p->position + row + 1;
+        t.begin[i] = p->layer->window && t.end[i] > p->layer->window ? t.end[i] - p->layer->window : 0;
+    }
+    return t;
+}
+
+/* What the tile's queries see in one span, into `parts` [queries] and `mixed` [queries][head_dim]. */
+static void attend_span(const pass *p, const tile *t, int span, ew_part *parts, float *mixed) {
+    const ew_card *c = p->card;
+    const int from = span * EW_SPAN, begin = t->begin[0] / 16 * 16, end = t->end[t->queries - 1];
+    const size_t head = (size_t)t->kv_head * c->capacity * c->head_dim;
+    const ew_attention a = {p->kv->keys + head, p->kv->values + head, c->head_dim, begin > from ? begin : from,
+                            least(end, from + EW_SPAN), c->attention_scale, c->attention_cap};
+    if (a.first < a.end) kernels->attend(&a, t->queries, t->q, t->begin, t->end, parts, mixed);
+    else
+        for (int i = 0; i < t->queries; i++) parts[i] = (ew_part){-INFINITY, 0};
+}
+
+static void combine_tile(const pass *p, const tile *t, const ew_part *parts, const float *mixed) {
+    const int size = p->card->head_dim;
+    for (int i = 0; i < t->queries; i++)
+        kernels->combine(spans(p), parts + i, mixed + (size_t)i * size, kernels->tile, size, t->out[i]);
+}
+
+/* Many tiles: each is an item, its spans one after the other. Few, as in decoding: each span of each tile is one. */
+static void attend_tile(void *context, int item, int thread) {
+    const pass *p = context;
+    const tile t = tile_of(p, item);
+    ew_part *parts = p->parts + (size_t)thread * p->spans * kernels->tile;
+    float *mixed = p->mixes + (size_t)thread * p->spans * kernels->tile * p->card->head_dim;
+    for (int s = 0; s < spans(p); s++)
+        attend_span(p, &t, s, parts + s * kernels->tile, mixed + (size_t)s * kernels->tile * p->card->head_dim);
+    combine_tile(p, &t, parts, mixed);
+}
+
+static void attend_part(void *context, int item, int thread) {
+    (void)thread;
+    const pass *p = context;
+    const tile t = tile_of(p, item / spans(p));
+    const size_t place = (size_t)(item / spans(p) * p->spans + item % spans(p)) * kernels->tile;
+    attend_span(p, &t, item % spans(p), p->parts + place, p->mixes + place * p->card->head_dim);
+}
+
+static void attend(pass *p) {
+    const int tiles = p->card->kv_heads * tiles_per_kv_head(p);
+    if (tiles > p->places) {
+        ew_parallel(tiles, attend_tile, p);
+        return;
+    }
+    ew_parallel(tiles * spans(p), attend_part, p);
+    for (int i = 0; i < tiles; i++) {
+        const tile t = tile_of(p, i);
+        const size_t place = (size_t)i * p->spans * kernels->tile;
+        combine_tile(p, &t, p->parts + place, p->mixes + place * p->card->head_dim);
+    }
+}
+
+/* x += scale * norm(part + bias), row by row. */
+static void join(const pass *p, float *part, const float *bias, const float *weight) {
+    const int size = p->card->hidden;
+    const float scale = p->card->residual_scale;
+    for (int row = 0; row < p->rows; row++, part += size) {
+        float *x = p->x + (size_t)row * size;
+        if (bias) add(part, bias, size);
+        if (weight) kernels->norm(part, weight, p->card->norm_eps, size, part);
+        for (int i = 0; i < size; i++) x[i] += scale * part[i];
+    }
+}
+
+static void multiply_into(const pass *p, const ew_matrix *w, float *out, int stride) {
+    multiply(&(product){.w = w, .x = &p->a, .out = out, .stride = stride});
+}
+
+/* ---- watching: what took how long, for `edgewise profile` ---- */
+
+#define STEPS(X) X(norm) X(qkv) X(place) X(attend) X(round) X(o) X(add) X(ffn_norm) X(gate_up) X(ffn_round) X(down) X(ffn_add) X(head_norm) X(head)
+#define NUMBER(name) step_##name,
+#define NAME(name) #name " "
+enum { STEPS(NUMBER) };
+EXPORT const char *ew_steps(void) { return STEPS(NAME); }
+
+static struct {
+    ew_span *room;
+    int capacity, count;
+} watched;
+
+/* Note spans in `room` from now on, `capacity` of them at most; NULL stops it. Spans noted so far. */
+EXPORT int ew_watch(ew_span *room, int capacity) {
+    const int count = watched.count;
+    watched.room = room, watched.capacity = capacity, watched.count = 0;
+    return count;
+}
+
+static int64_t now(void) {
+    struct timespec t;
+    if (!watched.room) return 0;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+static void note(int layer, int step, int64_t start) {
+    if (watched.room && watched.count < watched.capacity) watched.room[watched.count++] = (ew_span){start, now(), layer, step};
+}
+
+#define STEP(name, call) \
+    do { \
+        const int64_t start = now(); \
+        call; \
+        note(p->number, step_##name, start); \
+    } while (0)
+
+/* ---- layers and head ---- */
+
+static void products_of_qkv(pass *p) {
+    const ew_card *c = p->card;
+    const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, starts[] = {0, q, q + kv};
+    for (int i = 0; i < 3 && p->layer->qkv[i]; i++) multiply_into(p, p->layer->qkv[i], p->wide + starts[i], q + 2 * kv);
+}
+
+static void product_of_gate_and_up(pass *p) {
+    const ew_layer *l = p->layer;
+    const int ffn = p->card->ffn, fused = l->gate_up[1] == NULL;
+    multiply(&(product){.w = l->gate_up[0],
+                        .x = &p->a,
+                        .out = p->wide,
+                        .stride = ffn,
+                        .up = fused ? l->gate_up[0] : l->gate_up[1],
+                        .up_group = fused ? ffn / EW_COLUMNS : 0,
+                        .gelu = p->card->gelu,
+                        .bias = l->gate_up_bias,
+                        .up_bias = l->gate_up_bias ? l->gate_up_bias + ffn : NULL});
+}
+
+static void attention(pass *p) {
+    const ew_card *c = p->card;
+    const ew_layer *l = p->layer;
+    STEP(norm, quantize(p, p->x, c->hidden, l->attention_norm));
+    STEP(qkv, products_of_qkv(p));
+    STEP(place, ew_parallel(p->rows, place_row, p));
+    STEP(attend, attend(p));
+    STEP(round, quantize(p, p->mixed, c->heads * c->head_dim, NULL));
+    STEP(o, multiply_into(p, l->o, p->wide, c->hidden));
+    STEP(add, join(p, p->wide, l->o_bias, l->attention_post_norm));
+}
+
+static void feed_forward(pass *p) {
+    const ew_card *c = p->card;
+    const ew_layer *l = p->layer;
+    STEP(ffn_norm, quantize(p, p->x, c->hidden, l->ffn_norm));
+    STEP(gate_up, product_of_gate_and_up(p));
+    STEP(ffn_round, quantize(p, p->wide, c->ffn, NULL));
+    STEP(down, multiply_into(p, l->down, p->wide, c->hidden));
+    STEP(ffn_add, join(p, p->wide, l->down_bias, l->ffn_post_norm));
+}
+
+/* Run rows of `x` [rows][hidden] at `position` through the layers, in place. */
+EXPORT void ew_layers(const ew_card *card, const ew_layer *layers, const ew_kv *kv, int count, ew_workspace *s, int position,
+                     int rows, float *x) {
+    pass p = {.card = card, .position = position, .rows = rows, .x = x, .wide = s->wide, .mixed = s->mixed, .normed = s->normed,
+              .a = {.codes = s->codes, .factors = s->factors}};
+    p.places = s->places, p.spans = s->spans, p.parts = s->parts, p.mixes = s->mixes;
+    for (int i = 0; i < count; i++) {
+        p.layer = layers + i, p.kv = kv + i, p.number = i;
+        attention(&p);
+        feed_forward(&p);
+    }
+}
+
+/* logits [rows][stride] = w · norm(x); rows at most those of the workspace, stride at least outputs rounded up to 16. */
+EXPORT void ew_head(const ew_card *card, const float *norm, const ew_matrix *w, ew_workspace *s, int rows, const float *x,
+                    float *logits, int stride) {
+    pass head = {.card = card, .number = -1, .rows = rows, .normed = s->normed, .a = {.codes = s->codes, .factors = s->factors}};
+    pass *p = &head;
+    STEP(head_norm, quantize(p, x, card->hidden, norm));
+    STEP(head, multiply_into(p, w, logits, stride));
+}

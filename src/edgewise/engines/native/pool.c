@@ -1,0 +1,94 @@
+/* One pool of threads for the process. Work is taken item by item, so that a core that others use slows only its items;
+   a worker that sleeps through a job is not waited for. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "native.h"
+
+enum { SPINS = 20000 }; /* some 100 us: as long as the gap between two tokens, then the worker sleeps */
+
+#if defined(__x86_64__)
+#define relax() __builtin_ia32_pause()
+#else
+#define relax() ((void)0)
+#endif
+
+static struct {
+    int workers;
+    _Atomic uint64_t ticket; /* job number << 32 | next item: claiming an item checks that its job still is the job */
+    _Atomic uint32_t items, finished;
+    _Atomic int sleepers;
+    atomic_flag busy;
+    _Atomic(void *) context;
+    void (*_Atomic f)(void *, int, int);
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .busy = ATOMIC_FLAG_INIT};
+
+static void work(int number) {
+    uint64_t ticket = atomic_load(&pool.ticket);
+    for (;;) {
+        /* Read before the claim: if the job changed meanwhile, so did the ticket, and the claim fails. */
+        void (*f)(void *, int, int) = atomic_load(&pool.f);
+        void *context = atomic_load(&pool.context);
+        uint32_t item = (uint32_t)ticket;
+        if (item >= atomic_load(&pool.items)) return;
+        if (atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) {
+            f(context, (int)item, number);
+            atomic_fetch_add(&pool.finished, 1);
+            ticket = atomic_load(&pool.ticket);
+        }
+    }
+}
+
+static void sleep_until_changed(uint64_t job) {
+    pthread_mutex_lock(&pool.lock);
+    atomic_fetch_add(&pool.sleepers, 1);
+    while (atomic_load(&pool.ticket) >> 32 == job) pthread_cond_wait(&pool.wake, &pool.lock);
+    atomic_fetch_sub(&pool.sleepers, 1);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void *worker(void *number) {
+    uint64_t job = 0;
+    for (;;) {
+        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool.ticket, memory_order_acquire) >> 32 == job; spin++) relax();
+        if (atomic_load(&pool.ticket) >> 32 == job) sleep_until_changed(job);
+        job = atomic_load(&pool.ticket) >> 32;
+        work((int)(intptr_t)number);
+    }
+    return NULL;
+}
+
+int ew_pool_start(int threads) {
+    for (; pool.workers < threads - 1; pool.workers++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) return pool.workers + 1;
+        pthread_detach(thread);
+    }
+    return pool.workers + 1;
+}
+
+void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
+    if (pool.workers == 0 || items < 2 || atomic_flag_test_and_set(&pool.busy)) { /* another model has the pool */
+        for (int i = 0; i < items; i++) f(context, i, 0);
+        return;
+    }
+    uint64_t job = atomic_load(&pool.ticket) >> 32;
+    atomic_store(&pool.ticket, job << 32 | UINT32_MAX); /* a late worker must not claim an item of a job half written */
+    atomic_store(&pool.finished, 0);
+    atomic_store(&pool.f, f);
+    atomic_store(&pool.context, context);
+    atomic_store(&pool.items, (uint32_t)items);
+    atomic_store(&pool.ticket, (job + 1) << 32);
+    if (atomic_load(&pool.sleepers)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    work(0);
+    while (atomic_load_explicit(&pool.finished, memory_order_acquire) < (uint32_t)items) relax();
+    atomic_flag_clear(&pool.busy);
+}

@@ -1,0 +1,361 @@
+"""Bundles on our own kernels (engines/native, C): quantized matrices times int8 activations, attention, norms.
+
+Every row is computed by the same sequence of operations whatever is computed beside it, so that a row has the same bits
+whether it was decoded, prefilled, chunked or repeated after a rewind: both numerics modes in one.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewise.engines.local import CHUNK, LocalModel, fixed_threads, untouched
+from edgewise.errors import EngineError, UsageError
+from edgewise.models.bundle import Bundle
+from edgewise.models.card import Card
+from edgewise.models.tensors import Array, tensors
+from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized
+from edgewise.settings import ModelSettings
+from edgewise.types import FloatArray, IdArray
+
+DEFAULTS = ModelSettings()
+LIBRARY = Path(__file__).parent / "native" / "blocks.so"
+MOST_SPANS = 1 << 22  # of a recording: 100 MB at most
+COLUMNS = 16  # outputs that the kernels compute at once; sizes must be multiples of it
+
+
+class _Card(c.Structure):
+    _fields_ = (
+        *((name, c.c_int) for name in ("hidden", "heads", "kv_heads", "head_dim", "ffn", "capacity")),
+        *((name, c.c_int) for name in ("gelu", "whole_norm")),
+        *((name, c.c_float) for name in ("norm_eps", "attention_scale", "attention_cap", "residual_scale")),
+    )
+
+
+class _Layer(c.Structure):
+    _fields_ = (
+        ("qkv", c.c_void_p * 3),
+        ("o", c.c_void_p),
+        ("gate_up", c.c_void_p * 2),
+        ("down", c.c_void_p),
+        *((name, c.c_void_p) for name in ("attention_norm", "q_norm", "k_norm", "attention_post_norm")),
+        *((name, c.c_void_p) for name in ("ffn_norm", "ffn_post_norm")),
+        *((name, c.c_void_p) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias", "cos", "sin")),
+        ("turned", c.c_int),
+        ("window", c.c_int),
+    )
+
+
+# The names that models/blocks.py gives to a layer's tensors (docs/formats/bundle.md), by field.
+_NORMS = {
+    "attention_norm": "attention_norm",
+    "q_norm": "q_norm.normed",
+    "k_norm": "k_norm.normed",
+    "attention_post_norm": "attention_out_norm",
+    "ffn_norm": "ffn_norm",
+    "ffn_post_norm": "ffn_out_norm",
+}
+_BIASES = {
+    "qkv_bias": ("qkv", "q", "k", "v"),
+    "o_bias": ("o",),
+    "gate_up_bias": ("gate_up", "gate", "up"),
+    "down_bias": ("down",),
+}
+
+
+class _KV(c.Structure):
+    _fields_ = (("keys", c.c_void_p), ("values", c.c_void_p))
+
+
+@cache
+def _library() -> c.CDLL | None:
+    """The compiled kernels; None where they were not built (no C compiler, or not x86-64)."""
+    if not LIBRARY.is_file():
+        return None
+    library = c.CDLL(str(LIBRARY))
+    p, i = c.c_void_p, c.c_int
+    for name, result, arguments in (
+        ("ew_start", c.c_char_p, (c.c_char_p, i)),
+        ("ew_matrix_new", p, (i, i, i, i, p, p, p, i, i)),
+        ("ew_matrix_free", None, (p,)),
+        ("ew_workspace_new", p, (p, i)),
+        ("ew_workspace_free", None, (p,)),
+        ("ew_layers", None, (p, p, p, i, p, i, i, p)),
+        ("ew_head", None, (p, p, p, p, i, p, p, i)),
+        ("ew_watch", i, (p, i)),
+        ("ew_steps", c.c_char_p, ()),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def start(kernels: str = "") -> str | None:
+    """Start the threads and choose an instruction set for the process, the best one for "". The one in use; None, and
+    no change, if this machine has none such."""
+    library = _library()
+    name: bytes | None = library.ew_start(kernels.encode(), fixed_threads()) if library else None
+    return name.decode() if name else None
+
+
+@cache
+def probe() -> str | None:
+    """The best instruction set that the kernels have for this machine, in use from now on; None if there is none."""
+    return start()
+
+
+class _Span(c.Structure):
+    _fields_ = (("start", c.c_int64), ("end", c.c_int64), ("layer", c.c_int), ("step", c.c_int))
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """One step of one layer (-1: the head); times in nanoseconds of the system's monotonic clock."""
+
+    layer: int
+    step: str
+    start: int
+    end: int
+
+
+class Watch:
+    """The steps of all native models of the process since it began."""
+
+    def __init__(self, library: c.CDLL) -> None:
+        self._library = library
+        self._room = untouched(MOST_SPANS * c.sizeof(_Span) // 4)  # memory comes as it is written
+        library.ew_watch(self._room.ctypes.data, MOST_SPANS)
+
+    def finish(self) -> Iterator[Watched]:
+        """End it. UsageError if there were more steps than there is room for."""
+        count = self._library.ew_watch(None, 0)
+        if count >= MOST_SPANS:
+            raise UsageError(f"this ran more than the {MOST_SPANS} steps that can be recorded", hint="record less")
+        names = self._library.ew_steps().decode().split()
+        spans = (_Span * count).from_address(self._room.ctypes.data)
+        return (Watched(one.layer, names[one.step], one.start, one.end) for one in spans)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Record what the native models of this process do. One recording at a time."""
+    library = _library()
+    assert library is not None  # callers know that the kernels are there
+    watch = Watch(library)
+    try:
+        yield watch
+    finally:
+        library.ew_watch(None, 0)
+
+
+@dataclass
+class _Memory:
+    """Keys and values of every layer for one session, float32, in the layouts of native.h."""
+
+    arrays: list[tuple[FloatArray, FloatArray]]
+    entries: Any  # an array of _KV that points to them
+
+
+class NativeLM(LocalModel[_Memory]):
+    """A bundle as a TokenModel on the native kernels. EngineError if `why_not` says so, or if memory is out."""
+
+    def __init__(self, bundle: Bundle, *, slots: int = DEFAULTS.slots, context: int | None = DEFAULTS.context) -> None:
+        super().__init__(bundle, slots=slots, context=context)
+        reason = self.why_not(bundle)
+        if reason is not None:
+            raise EngineError(f"the native kernels cannot run {bundle.name}: {reason}", hint="use the onnx engine")
+        self._weights = _Weights(bundle, self.context)
+
+    @staticmethod
+    def why_not(bundle: Bundle) -> str | None:
+        """Why these kernels cannot run the bundle; None if they can."""
+        card = bundle.card
+        if probe() is None:
+            return "the native kernels were not built for this machine"
+        if bundle.manifest.quantization.get("activations") != "int8":
+            return "its activations are not int8"
+        inputs, outputs = (card.hidden, card.ffn, card.heads * card.head_dim), (card.head_dim,)
+        if any(size % BLOCK for size in inputs) or any(size % COLUMNS for size in outputs):
+            return f"its sizes {inputs} and {outputs} are not multiples of {BLOCK} and {COLUMNS}"
+        files = (bundle.manifest.graphs.head, *(block.file for block in bundle.manifest.graphs.blocks))
+        found = (item for file in files for item in tensors(bundle, file).items())
+        dense = next((name for name, values in found if name.endswith(".weight") and values.ndim == 2), None)
+        return f"{dense} is not quantized" if dense else None
+
+    def _new_kv(self) -> _Memory:
+        return self._weights.new_kv()
+
+    def _hidden(self, kv: _Memory, position: int, ids: IdArray) -> FloatArray:
+        return self._weights.run(kv, position, ids)
+
+    def _project(self, hidden: FloatArray, out: FloatArray) -> None:
+        self._weights.project(hidden, out)
+
+    def _release(self) -> None:
+        self._weights.close()
+        del self._weights
+
+
+class _Weights:
+    """The packed model, and the calls that run it."""
+
+    def __init__(self, bundle: Bundle, context: int) -> None:
+        library = _library()
+        assert library is not None  # why_not was asked
+        self._library = library
+        self._held: list[Array] = []  # what the C side points to
+        self._freed: list[weakref.finalize[..., Any]] = []
+        card = bundle.card
+        self._card, self._capacity = card, -(-context // COLUMNS) * COLUMNS
+        self._numbers = _numbers(card, self._capacity)
+        self._turns = {name: tuple(map(self._hold, rope.tables(self._capacity))) for name, rope in card.ropes.items()}
+        self._layers = (_Layer * card.layers)()
+        graphs = bundle.manifest.graphs
+        self._embed = _matrix(tensors(bundle, graphs.embed), "embed", card.hidden)
+        for block in graphs.blocks:
+            found = tensors(bundle, block.file)
+            for n in range(block.first, block.last + 1):
+                self._fill(self._layers[n], n, found)
+        head = tensors(bundle, graphs.head)
+        self._norm = self._hold(head["normed.scale"])
+        self._head = self._pack(head, "embed" if _prefix(head, "embed") else "head", card.hidden)
+        self._space = self._own(library.ew_workspace_new(c.byref(self._numbers), CHUNK), library.ew_workspace_free)
+
+    def new_kv(self) -> _Memory:
+        card, shape = self._card, (self._card.kv_heads, self._capacity, self._card.head_dim)
+        arrays = [(untouched(*shape), untouched(*shape)) for _ in range(card.layers)]
+        entries = (_KV * card.layers)(*(_KV(keys.ctypes.data, values.ctypes.data) for keys, values in arrays))
+        return _Memory(arrays, entries)
+
+    def run(self, kv: _Memory, position: int, ids: IdArray) -> FloatArray:
+        hidden = self._embed.rows(ids).dense()
+        if self._card.embedding_scale != 1:
+            hidden *= np.float32(self._card.embedding_scale)
+        self._library.ew_layers(
+            c.byref(self._numbers),
+            self._layers,
+            kv.entries,
+            len(self._layers),
+            self._space,
+            position,
+            len(hidden),
+            hidden.ctypes.data,
+        )
+        return hidden
+
+    def project(self, hidden: FloatArray, out: FloatArray) -> None:
+        card, padded = self._card, -(-self._card.vocab // COLUMNS) * COLUMNS
+        to = out if padded == card.vocab else np.empty((len(out), padded), dtype=np.float32)
+        self._library.ew_head(
+            c.byref(self._numbers),
+            self._norm.ctypes.data,
+            self._head,
+            self._space,
+            len(hidden),
+            hidden.ctypes.data,
+            to.ctypes.data,
+            padded,
+        )
+        if to is not out:
+            out[:] = to[:, : card.vocab]
+        if card.logit_scale != 1:
+            out *= np.float32(card.logit_scale)
+        if card.logit_cap:
+            np.tanh(np.divide(out, np.float32(card.logit_cap), out=out), out=out)
+            out *= np.float32(card.logit_cap)
+
+    def close(self) -> None:
+        for free in self._freed:
+            free()
+
+    def _fill(self, layer: _Layer, n: int, found: Mapping[str, Array]) -> None:
+        card, at = self._card, f"layer{n}"
+        for place, fused, *parts in ((layer.qkv, "qkv", "q", "k", "v"), (layer.gate_up, "gate_up", "gate", "up")):
+            names = parts if _prefix(found, f"{at}.{fused}") is None else [fused]
+            for i, name in enumerate(names):
+                place[i] = self._pack(found, f"{at}.{name}", card.hidden)
+        layer.o = self._pack(found, f"{at}.o", card.heads * card.head_dim)
+        layer.down = self._pack(found, f"{at}.down", card.ffn)
+        for field, name in _NORMS.items():
+            setattr(layer, field, self._vector(found, f"{at}.{name}.scale"))
+        for field, products in _BIASES.items():
+            setattr(layer, field, self._vector(found, *(f"{at}.{name}.bias" for name in products)))
+        turn = card.rope_of(n)
+        if turn is not None:
+            cos, sin = self._turns[turn]
+            layer.cos, layer.sin, layer.turned = cos.ctypes.data, sin.ctypes.data, 2 * cos.shape[1]
+        layer.window = card.window(n)
+
+    def _vector(self, found: Mapping[str, Array], *names: str) -> int | None:
+        """The address of a vector, or of several as one; None if the model has none."""
+        parts = [found[name] for name in names if name in found]
+        return self._hold(np.concatenate(parts)).ctypes.data if parts else None
+
+    def _pack(self, found: Mapping[str, Array], name: str, inputs: int) -> int:
+        """The address of the matrix in the kernels' own layout."""
+        matrix = _matrix(found, name, inputs)
+        assert isinstance(matrix, Quantized)  # why_not looked
+        packed, scales = np.ascontiguousarray(matrix.packed), np.ascontiguousarray(matrix.scales)
+        minima = matrix.minima
+        steps = (0, 0) if minima is None else (minima.strides[0] // 4, minima.strides[1] // 4)
+        made = self._library.ew_matrix_new(
+            *matrix.shape,
+            matrix.bits,
+            matrix.block,
+            packed.ctypes.data,
+            scales.ctypes.data,
+            None if minima is None else minima.ctypes.data,
+            *steps,
+        )
+        return self._own(made, self._library.ew_matrix_free)
+
+    def _own(self, address: int | None, free: Callable[[int], None]) -> int:
+        if address is None:
+            raise EngineError("there is not enough memory for the model", hint="take a smaller model or context")
+        self._freed.append(weakref.finalize(self, free, address))
+        return address
+
+    def _hold(self, values: Array) -> FloatArray:
+        held = np.array(values, dtype=np.float32)  # a copy: views of a file may lie anywhere
+        self._held.append(held)
+        return held
+
+
+def _numbers(card: Card, capacity: int) -> _Card:
+    return _Card(
+        hidden=card.hidden,
+        heads=card.heads,
+        kv_heads=card.kv_heads,
+        head_dim=card.head_dim,
+        ffn=card.ffn,
+        capacity=capacity,
+        gelu=card.activation == "gelu_tanh",
+        whole_norm=card.qk_norm == "whole",
+        norm_eps=card.norm_eps,
+        attention_scale=card.head_dim**-0.5 if card.attention_scale is None else card.attention_scale,
+        attention_cap=card.attention_cap,
+        residual_scale=card.residual_scale,
+    )
+
+
+def _prefix(found: Mapping[str, Array], name: str) -> str | None:
+    """What a matrix is called: a product that more is added to has a name of its own. None if it is not there."""
+    return next((prefix for prefix in (name, f"{name}.q") if f"{prefix}.weight" in found), None)
+
+
+def _matrix(found: Mapping[str, Array], name: str, inputs: int) -> Matrix:
+    prefix = _prefix(found, name)
+    weight, scales = found[f"{prefix}.weight"], found.get(f"{prefix}.scales")
+    if scales is None:
+        return Dense(weight)
+    minima = found[f"{name}.minima_t"].T if f"{name}.minima_t" in found else found.get(f"{name}.minima")
+    block = inputs // scales.shape[1]
+    return Quantized(weight.shape[2] * 8 // block, weight, scales, minima, block)

@@ -1,0 +1,192 @@
+"""The native kernels against transformers with the same int8 rounding of activations, per instruction set, family and
+weight type; and against themselves, bit for bit, however rows come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from edgewise.engines import native_lm
+from edgewise.engines.base import Row
+from edgewise.engines.load import local_model
+from edgewise.engines.native_lm import NativeLM
+from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.errors import EngineError, UsageError
+from edgewise.models.bundle import Bundle
+from edgewise.models.ggml_types import FORMATS
+from edgewise.models.source import pull
+from tiny import FAMILIES, VOCAB, save_gguf, save_hf, tiny
+
+KERNELS = ("avx2", "avxvnni", "avx512")
+LENGTH = 90  # past the windows, and more than two tiles of any kernels
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.075}
+HEADS = {  # other shapes of attention: heads that share, head sizes, queries that fill tiles unevenly
+    "alone": {"num_key_value_heads": 4},
+    "all share": {"num_key_value_heads": 1},
+    "of 48": {"head_dim": 48, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "of 256": {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+
+if native_lm.probe() is None:
+    pytest.skip("the native kernels are not built for this machine", allow_module_level=True)
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    if native_lm.start(request.param) is None:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native_lm.start()
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """As the kernels see activations: int8 with one scale per 32 inputs."""
+    blocks = x.unflatten(-1, (-1, 32))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.nan_to_num(blocks / step)
+    return (torch.trunc(codes + 0.5 * codes.sign()) * step).flatten(-2)
+
+
+def expected(model: Any, ids: np.ndarray) -> np.ndarray:
+    """Logits [len(ids), vocab] of transformers with rounded activations."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
+    with torch.no_grad():
+        return np.asarray(model(torch.from_numpy(ids)[None]).logits[0])
+
+
+async def fed(lm: NativeLM, ids: np.ndarray, sizes: Sequence[int], session: str = "s") -> np.ndarray:
+    """All logits of the ids, fed in rows of those sizes."""
+    ends = np.cumsum(sizes)
+    assert ends[-1] == len(ids)
+    await lm.open(session, len(ids))
+    rows = [Row(session, start, ids[start:end], end - start) for start, end in pairwise([0, *ends.tolist()])]
+    logits = np.concatenate([(await lm.forward([row]))[0].copy() for row in rows])
+    await lm.close(session)
+    return logits
+
+
+async def check(model: Any, bundle: Bundle) -> None:
+    ids = np.random.default_rng(3).integers(0, VOCAB, LENGTH)
+    lm = NativeLM(bundle, slots=1, context=128)
+    got, want = await fed(lm, ids, [LENGTH]), expected(model, ids)
+    await lm.shutdown()
+    error = np.abs(got - want)
+    assert want.std() > 0.3  # a flat model would prove nothing
+    # A number next to the middle of two codes may fall to either side, which moves what follows by a step of a weight.
+    assert np.median(error) <= 2e-2 * want.std()
+    assert error.max() <= 0.3 * want.std()
+
+
+def of_gguf(model: Any, kind: Any, tmp_path: Path) -> Bundle:
+    return pull(str(save_gguf(model, tmp_path / "m.gguf", kind)), home=tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_family(family: str, kernels: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    await check(model, of_gguf(model, gguf.GGMLQuantizationType.Q4_1, tmp_path))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_every_type(kind: str, kernels: str, tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=False, **WIDE)
+    await check(model, of_gguf(model, gguf.GGMLQuantizationType[kind], tmp_path))
+
+
+async def test_types_mixed_within_a_layer(kernels: str, tmp_path: Path) -> None:
+    kinds = {"attn_q": "Q4_1", "attn_k": "Q8_0", "attn_v": "Q6_K", "ffn_gate": "Q4_K", "ffn_up": "Q5_1"}
+    model = tiny("qwen2", **WIDE)  # with biases, which q, k and v then have each for itself
+
+    def kind(name: str) -> gguf.GGMLQuantizationType:
+        return gguf.GGMLQuantizationType[next((k for part, k in kinds.items() if part in name), "Q8_0")]
+
+    await check(model, of_gguf(model, kind, tmp_path))
+
+
+@pytest.mark.parametrize("shape", HEADS)
+async def test_shapes_of_attention(shape: str, kernels: str, tmp_path: Path) -> None:
+    model = tiny("llama", **HEADS[shape])
+    await check(model, of_gguf(model, gguf.GGMLQuantizationType.Q8_0, tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_rows_have_the_same_bits_however_they_come(family: str, kernels: str, tmp_path: Path) -> None:
+    lm = NativeLM(of_gguf(tiny(family, max_position_embeddings=640), gguf.GGMLQuantizationType.Q4_1, tmp_path), slots=2)
+    ids = np.random.default_rng(5).integers(0, VOCAB, 600)
+    whole = await fed(lm, ids, [600])
+    for sizes in ([1] * 50 + [550], [13, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 509], [300, 300]):
+        assert np.array_equal(whole, await fed(lm, ids, sizes))
+    await lm.open("a", 640)
+    await lm.open("b", 640)
+    first, second = await lm.forward([Row("a", 0, ids, 1), Row("b", 0, ids[:40], 40)])
+    assert np.array_equal(first[0], whole[-1])
+    assert np.array_equal(second, whole[:40])
+    await lm.rewind("a", 100)
+    assert np.array_equal((await lm.forward([Row("a", 100, ids[100:160], 60)]))[0], whole[100:160])
+    await lm.shutdown()
+
+
+async def test_a_slot_takes_memory_as_it_fills(tmp_path: Path) -> None:
+    model = tiny("llama", max_position_embeddings=1 << 18)
+    lm = NativeLM(of_gguf(model, gguf.GGMLQuantizationType.Q8_0, tmp_path), slots=1)
+    before = resident()
+    await lm.open("s", 1 << 18)
+    await lm.forward([Row("s", 0, np.arange(20), 1)])
+    assert resident() - before < 8 << 20  # the whole cache is 200 MB
+    await lm.shutdown()
+
+
+def resident() -> int:
+    """Bytes of anonymous memory that this process holds."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def test_what_the_kernels_cannot_run_goes_to_onnxruntime(tmp_path: Path) -> None:
+    dense = pull(str(save_hf(tiny("llama"), tmp_path / "hf")), home=tmp_path, name="dense")
+    path = save_gguf(tiny("llama"), tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q8_0)
+    exact, fine = pull(str(path), home=tmp_path, name="fp32", activations="fp32"), pull(str(path), home=tmp_path)
+    odd = pull(str(save_hf(tiny("llama", intermediate_size=80), tmp_path / "odd")), home=tmp_path, name="odd")
+    assert "is not quantized" in str(NativeLM.why_not(dense))
+    assert "activations" in str(NativeLM.why_not(exact))
+    assert "multiples" in str(NativeLM.why_not(odd))
+    assert isinstance(local_model(exact, runtime="auto"), OnnxLM)
+    assert isinstance(local_model(fine, runtime="auto"), NativeLM)
+    assert isinstance(local_model(fine, runtime="onnxruntime"), OnnxLM)
+    with pytest.raises(UsageError, match=r"native.*activations.*auto"):
+        local_model(exact, runtime="native")
+    with pytest.raises(EngineError, match="is not quantized"):
+        NativeLM(dense)
+
+
+async def test_two_models_at_once(tmp_path: Path) -> None:
+    """One pool serves both; who finds it taken computes alone."""
+    import threading
+
+    bundle = of_gguf(tiny("llama"), gguf.GGMLQuantizationType.Q4_1, tmp_path)
+    ids = np.random.default_rng(5).integers(0, VOCAB, 120)
+    want = await fed(NativeLM(bundle, slots=1, context=128), ids, [120])
+    results: list[np.ndarray] = []
+
+    def run() -> None:
+        import asyncio
+
+        lm = NativeLM(bundle, slots=1, context=128)
+        results.extend(asyncio.run(fed(lm, ids, [1] * 120)) for _ in range(3))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 9
+    assert all(np.array_equal(want, got) for got in results)
