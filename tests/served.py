@@ -20,9 +20,9 @@ MODELS = ("auto", "edge", "cloud", "maker/model:q4")
 class Served:
     """`with Served(generator, key=…)`: the app over it runs; leaving stops it and waits for its end."""
 
-    def __init__(self, generator: Generator, **options: Any) -> None:
+    def __init__(self, generator: Generator, *, send_s: float = 120.0, **options: Any) -> None:
         app = create_app(generator, **({"models": MODELS, "route": "edge"} | options))
-        self.listener = listen("127.0.0.1", 0)
+        self.listener = listen("127.0.0.1", 0, send_s=send_s)
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(

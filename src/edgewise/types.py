@@ -26,20 +26,32 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; `top_p` keeps the smallest set of tokens
-    whose probability reaches it; the same seed on the same engine gives the same text."""
+    """How the next token is chosen; the defaults change nothing. Temperature 0 is greedy. `top_k` keeps that many of
+    the most probable tokens (0: all), `top_p` the smallest set whose probability reaches it, `min_p` those that have at
+    least this share of the best one's probability. `presence_penalty` and `frequency_penalty` are taken off the logits
+    of tokens generated so far, once and once for each time; `repetition_penalty` divides the positive and multiplies
+    the negative logits of all tokens seen, the prompt's included. `logit_bias` holds (token id, number added to its
+    logit). The same seed on the same engine gives the same text. engines/sampling.py has the order of the steps."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One wish for text. Either `messages` or `prompt_ids` (exact token ids, no template) is given."""
+    """One wish for text. One of `messages`, `prompt` (a text to go on from, no template) and `prompt_ids` (exact token
+    ids, no template) is given."""
 
     messages: tuple[Message, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
+    prompt: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
@@ -63,8 +75,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token. `logprob` is the natural log of its probability under the model's own softmax
-    (temperature 1, before top_p), None where the engine cannot say."""
+    """A generated token. `logprob` is the natural log of its probability under the model's own softmax, before all
+    that Sampling does to it, None where the engine cannot say."""
 
     id: int
     raw: bytes
@@ -88,7 +100,7 @@ class Timings:
 
     first_token_ms: float
     total_ms: float
-    decode_tok_s: float | None  # None with fewer than two tokens
+    decode_tok_s: float | None  # None where no time passed between two tokens that could be measured
 
 
 @dataclass(frozen=True, slots=True)

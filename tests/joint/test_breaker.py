@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from edgewise.errors import (
+    ContextFull,
     DeadlineExceeded,
     RemoteBroken,
     RemoteRefused,
@@ -55,11 +56,12 @@ def test_only_refusals_that_would_meet_everyone_open_it(status):
     assert it.state == ("open" if status in LASTING_REFUSALS else "closed")
 
 
-def test_a_request_at_fault_proves_that_the_cloud_is_alive():
+@pytest.mark.parametrize("error", [RemoteRefused("bad request", status=400), ContextFull(5000, 4096)])
+def test_a_request_at_fault_proves_that_the_cloud_is_alive(error):
     it, clock = breaker()
     fail(it, Unreachable("x"))
     clock.now = 1.0
-    fail(it, RemoteRefused("bad request", status=400))
+    fail(it, error)
     assert it.state == "closed"
 
 

@@ -1,6 +1,7 @@
 import asyncio
 import math
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from edgewise.errors import (
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.cascade import Cascade, PredictorCascade
 from edgewise.joint.policy import Policy
-from edgewise.types import Chunk
+from edgewise.types import Chunk, Sampling
 
 
 def once(edge, cloud=None, rule=None, **wishes):
@@ -539,10 +540,30 @@ def test_the_edge_always_gives_logprobs_and_the_cloud_only_where_asked():
 
 
 def test_a_cascade_can_what_both_can():
-    small = FakeGenerator(can=Capabilities(logprobs=True, top_logprobs=5, seed=True, prompt_ids=True, context=2048))
-    large = FakeGenerator(can=Capabilities(logprobs=True, top_logprobs=20, seed=True, context=8192))
-    assert Cascade(small, large).can == Capabilities(logprobs=True, top_logprobs=5, seed=True, context=8192)
+    small = FakeGenerator(can=replace(FakeGenerator.can, top_logprobs=5, context=2048, vocab=300))
+    large = FakeGenerator(can=replace(FakeGenerator.can, context=8192, sampling=frozenset({"top_k", "logit_bias"})))
+    both = Capabilities(
+        logprobs=True, top_logprobs=5, seed=True, sampling=frozenset({"top_k"}), context=8192
+    )  # ids mean the tokens of one model
+    assert Cascade(small, large).can == both
     assert Cascade(small).can == small.can
+
+
+def test_the_same_sampling_goes_to_both_tiers():
+    near, far = edge(), cloud()
+    wish = Sampling(0.5, 0.9, 3, 40, 0.1, 0.2, 0.3, 1.1)
+    once(near, far, sampling=wish)
+    assert near.requests[0].sampling == far.requests[0].sampling == wish
+
+
+def test_a_bias_is_for_the_edge_alone():
+    near, far = edge(), cloud()
+    wish = Sampling(logit_bias=((5, 1.0),))
+    refused, _ = once(near, far, sampling=wish)
+    assert isinstance(refused.error, RequestError)
+    seen, _ = once(near, far, sampling=wish, route="edge")
+    assert seen.text == EDGE_TEXT
+    assert (len(near.requests), len(far.requests)) == (1, 0)
 
 
 def test_it_counts():

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgewise.engines.fake import FakeGenerator
-from edgewise.serve.chat import Limits
-from edgewise.wire.openai import TREATMENT
+from edgewise.serve.exchange import Limits
+from edgewise.wire.openai import CHAT_TREATMENT
 from served import Served, eventually
 
 Serve = Callable[..., Served]
@@ -59,7 +59,7 @@ JSON = st.recursive(
 
 
 @FUZZ
-@given(st.dictionaries(st.sampled_from(sorted(TREATMENT)) | st.text(max_size=8), JSON, max_size=4), st.booleans())
+@given(st.dictionaries(st.sampled_from(sorted(CHAT_TREATMENT)) | st.text(max_size=8), JSON, max_size=4), st.booleans())
 def test_any_fields_give_an_answer_or_a_4xx(http: httpx2.Client, fields: dict[str, Any], whole: bool) -> None:
     response = http.post(PATH, content=json.dumps((BODY if whole else {}) | fields).encode())
     if response.status_code != 200:

@@ -32,11 +32,12 @@ from edgewise.errors import (
     UnknownModel,
     Unreachable,
 )
+from edgewise.joint.breaker import Breaker
 from edgewise.joint.cascade import Cascade
-from edgewise.serve.chat import Limits
 from edgewise.serve.errors import failure_of
+from edgewise.serve.exchange import Limits
 from edgewise.types import Chunk, Decision, Message, Request, Token
-from edgewise.wire.openai import ErrorBody
+from edgewise.wire.answers import ErrorBody
 from served import MODELS, Served, eventually
 
 Serve = Callable[..., Served]
@@ -356,6 +357,19 @@ def test_metrics_count_routes_reasons_and_tokens(serve: Serve) -> None:
     assert sample(served, "edgewise_first_token_seconds_count") == {'{route="edge_fallback"}': 2}
     assert sample(served, "edgewise_request_seconds_count")['{route="edge_fallback"}'] == 2
     eventually(lambda: sample(served, "edgewise_requests_in_flight") == {"": 0})
+
+
+def test_metrics_tell_the_breakers_state(serve: Serve) -> None:
+    breaker = Breaker()
+    served = serve(FakeGenerator(), breaker=breaker)
+    assert sample(served, "edgewise_breaker_state") == {
+        '{state="closed"}': 1, '{state="open"}': 0, '{state="half_open"}': 0
+    }  # fmt: skip
+    ticket = breaker.acquire()
+    assert ticket is not None
+    breaker.fail(ticket, Unreachable("gone"))
+    assert sample(served, "edgewise_breaker_state")['{state="open"}'] == 1
+    assert sample(serve(), "edgewise_breaker_state") == {}
 
 
 def test_reasons_without_end_do_not_grow_the_metrics(serve: Serve) -> None:

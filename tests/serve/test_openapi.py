@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
 
 from edgewise.engines.fake import FakeGenerator
 from edgewise.serve.openapi import document
-from edgewise.wire.openai import REFUSED, TREATMENT
+from edgewise.wire.openai import CHAT_TREATMENT, REFUSED
 from served import Served
 
 SCHEMA = schemathesis.openapi.from_dict(json.loads(document("1")))
@@ -39,8 +39,8 @@ def test_the_server_does_what_the_document_says(case: schemathesis.Case, served:
 def test_the_document_tells_every_field() -> None:
     schemas = json.loads(document("1"))["components"]["schemas"]
     fields = schemas["ChatBody"]["properties"]
-    assert set(fields) == set(TREATMENT)
+    assert set(fields) == set(CHAT_TREATMENT)
     assert schemas["ChatBody"]["additionalProperties"] is False
     assert [name for name, field in fields.items() if field.get("type") == "null"] == [
-        name for name, treatment in TREATMENT.items() if treatment == REFUSED
+        name for name, treatment in CHAT_TREATMENT.items() if treatment == REFUSED
     ]

@@ -13,22 +13,25 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, completion_cr
 from edgewise.errors import RemoteBroken, RequestError, UnsupportedField
 from edgewise.types import Candidate, Chunk, Decision, Message, Request, Sampling, Timings, Token, Usage
 from edgewise.wire import sse
-from edgewise.wire.openai import (
-    HONOURED,
-    IGNORED,
+from edgewise.wire.answers import (
     LEAST_LOGPROB,
-    NEUTRAL,
-    REFUSED,
-    TREATMENT,
+    Answer,
+    ChatEncoder,
     ChunkBody,
     Stamp,
-    StreamEncoder,
-    decode_chat,
     decode_chunk,
     decode_error,
     decode_models,
-    encode_chat,
-    encode_completion,
+    encode_chat_completion,
+)
+from edgewise.wire.openai import (
+    CHAT_TREATMENT,
+    HONOURED,
+    IGNORED,
+    NEUTRAL,
+    REFUSED,
+    decode_chat,
+    encode_request,
 )
 
 OPENAI_FIELDS = set(get_type_hints(completion_create_params.CompletionCreateParamsBase)) | {"stream"}
@@ -50,12 +53,16 @@ HONOURED_SAMPLES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "stream": (True, {"stream": True}, {}),
     "stream_options": ({"include_usage": True}, {"stream": True}, {"stream": True}),
     "ignore_eos": (True, {"ignore_eos": True}, {}),
+    "n": (1, {}, {}),
+    "presence_penalty": (-2, {"sampling": Sampling(presence_penalty=-2.0)}, {}),
+    "frequency_penalty": (0.5, {"sampling": Sampling(frequency_penalty=0.5)}, {}),
+    "logit_bias": ({"50256": -100}, {"sampling": Sampling(logit_bias=((50256, -100.0),))}, {}),
+    "top_k": (40, {"sampling": Sampling(top_k=40)}, {}),
+    "min_p": (0.05, {"sampling": Sampling(min_p=0.05)}, {}),
+    "repetition_penalty": (1.1, {"sampling": Sampling(repetition_penalty=1.1)}, {}),
+    "repeat_penalty": (1.1, {"sampling": Sampling(repetition_penalty=1.1)}, {}),
 }
 NEUTRAL_SAMPLES: dict[str, tuple[Any, Any]] = {  # the value that changes nothing, and one that would
-    "n": (1, 2),
-    "presence_penalty": (0, 0.1),
-    "frequency_penalty": (0.0, -2),
-    "logit_bias": ({}, {"50256": -100}),
     "response_format": ({"type": "text"}, {"type": "json_object"}),
     "modalities": (["text"], ["text", "audio"]),
     "store": (False, True),
@@ -69,7 +76,7 @@ def body(**fields: Any) -> bytes:
 
 
 def named(treatment: str) -> list[str]:
-    return sorted(name for name, found in TREATMENT.items() if found == treatment)
+    return sorted(name for name, found in CHAT_TREATMENT.items() if found == treatment)
 
 
 def without(**changes: Any) -> Request:
@@ -77,9 +84,12 @@ def without(**changes: Any) -> Request:
     return Request(**values)
 
 
-def test_the_table_knows_every_field_of_openai_and_one_more() -> None:
-    assert set(TREATMENT) - OPENAI_FIELDS == {"ignore_eos"}
-    assert OPENAI_FIELDS - set(TREATMENT) == set()
+EXTENSIONS = {"ignore_eos", "top_k", "min_p", "repetition_penalty", "repeat_penalty"}
+
+
+def test_the_table_knows_every_field_of_openai_and_the_extensions() -> None:
+    assert set(CHAT_TREATMENT) - OPENAI_FIELDS == EXTENSIONS
+    assert OPENAI_FIELDS - set(CHAT_TREATMENT) == set()
     assert named(HONOURED) == sorted(HONOURED_SAMPLES)
     assert named(NEUTRAL) == sorted(NEUTRAL_SAMPLES)
     assert named(IGNORED) == sorted(IGNORED_SAMPLES)
@@ -88,13 +98,13 @@ def test_the_table_knows_every_field_of_openai_and_one_more() -> None:
 @pytest.mark.parametrize("name", named(HONOURED))
 def test_honoured_fields_reach_the_request(name: str) -> None:
     value, changes, beside = HONOURED_SAMPLES[name]
-    assert decode_chat(body(**beside, **{name: value})).request() == without(**changes)
+    assert decode_chat(body(**beside, **{name: value})).requests()[0] == without(**changes)
 
 
 @pytest.mark.parametrize("name", named(NEUTRAL))
 def test_neutral_fields_take_one_value_alone(name: str) -> None:
     same, other = NEUTRAL_SAMPLES[name]
-    assert decode_chat(body(**{name: same})).request() == PLAIN
+    assert decode_chat(body(**{name: same})).requests()[0] == PLAIN
     with pytest.raises(UnsupportedField, match=name) as caught:
         decode_chat(body(**{name: other}))
     assert str(caught.value.param).startswith(name)
@@ -102,7 +112,7 @@ def test_neutral_fields_take_one_value_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", named(IGNORED))
 def test_ignored_fields_change_nothing_and_have_a_type(name: str) -> None:
-    assert decode_chat(body(**{name: IGNORED_SAMPLES[name]})).request() == PLAIN
+    assert decode_chat(body(**{name: IGNORED_SAMPLES[name]})).requests()[0] == PLAIN
     with pytest.raises(RequestError, match=name):
         decode_chat(body(**{name: 3}))
 
@@ -115,9 +125,9 @@ def test_refused_fields_are_named(name: str) -> None:
         assert caught.value.param == name
 
 
-@pytest.mark.parametrize("name", sorted(set(TREATMENT) - {"messages", "model"}))
+@pytest.mark.parametrize("name", sorted(set(CHAT_TREATMENT) - {"messages", "model"}))
 def test_null_counts_as_absent(name: str) -> None:
-    assert decode_chat(body(**{name: None})).request() == PLAIN
+    assert decode_chat(body(**{name: None})).requests()[0] == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -154,7 +164,20 @@ def test_null_counts_as_absent(name: str) -> None:
             "only text",
         ),
         ({"messages": [{"role": "user", "content": "x", "name": "N"}]}, "messages[0].name", "not supported"),
-        ({"top_k": 40}, "top_k", "not a field"),
+        ({"top_k": -2}, "top_k", ">= -1"),
+        ({"top_k": 1.5}, "top_k", "integer"),
+        ({"min_p": 1.01}, "min_p", "<= 1"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "<= 2"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty", ">= -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
+        ({"repetition_penalty": 1.1, "repeat_penalty": 1.2}, "repeat_penalty", "must not differ"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[...]", "<= 100"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", ">= 0"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias", "integer"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "integer"),
+        ({"n": 0}, "n", ">= 1"),
+        ({"n": 129}, "n", "<= 128"),
+        ({"k_top": 40}, "k_top", "not a field"),
         ({"x" * 5000: 1}, None, "not a field"),
     ],
 )
@@ -200,10 +223,10 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(sorted(TREATMENT)) | st.text(max_size=8), JSON, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(CHAT_TREATMENT)) | st.text(max_size=8), JSON, max_size=4))
 def test_any_json_is_a_request_or_a_request_error(fields: dict[str, Any]) -> None:
     with suppress(RequestError):
-        assert decode_chat(body(**fields)).request().max_tokens >= 1
+        assert decode_chat(body(**fields)).requests()[0].max_tokens >= 1
 
 
 def test_text_parts_and_the_newer_word_for_system() -> None:
@@ -211,7 +234,7 @@ def test_text_parts_and_the_newer_word_for_system() -> None:
         {"role": "developer", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]},
         {"role": "assistant", "content": "C", "refusal": None, "tool_calls": None, "annotations": []},
     ]
-    assert decode_chat(body(messages=turns)).request().messages == (
+    assert decode_chat(body(messages=turns)).requests()[0].messages == (
         Message("system", "A\nB"),
         Message("assistant", "C"),
     )
@@ -227,6 +250,12 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
         st.floats(0, 2),
         st.floats(0, 1, exclude_min=True),
         st.none() | st.integers(0, 2**63 - 1),
+        st.integers(0, 2**31 - 1),
+        st.floats(0, 1),
+        st.floats(-2, 2),
+        st.floats(-2, 2),
+        st.floats(0.01, 100),
+        st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3).map(lambda d: tuple(d.items())),
     ),
     max_tokens=st.integers(1, 2**31 - 1),
     stop=st.lists(texts.filter(bool), max_size=4),
@@ -240,8 +269,8 @@ def test_a_request_arrives_as_it_was_sent(
         messages=tuple(messages), sampling=sampling, max_tokens=max_tokens, stop=tuple(stop),
         logprobs=top > 0, top_logprobs=top, stream=True, ignore_eos=ignore_eos,
     )  # fmt: skip
-    arrived = decode_chat(encode_chat(request, "m"))
-    assert arrived.request() == request
+    arrived = decode_chat(encode_request(request, "m"))
+    assert arrived.requests()[0] == request
     assert arrived.include_usage
 
 
@@ -261,14 +290,20 @@ ANSWER = (
 
 
 def streamed(*, logprobs: bool = True, include_usage: bool = False, answer: tuple[Chunk, ...] = ANSWER) -> list[bytes]:
-    encoder = StreamEncoder(STAMP, logprobs=logprobs, include_usage=include_usage)
-    content = b"".join(encoder.content(chunk) for chunk in answer)
-    stream = encoder.opening(DECISION) + content + encoder.closing(answer[-1], DECISION)
+    encoder = ChatEncoder(STAMP, [""], logprobs=logprobs, include_usage=include_usage)
+    content = b"".join(encoder.content(0, chunk) for chunk in answer)
+    last = answer[-1]
+    end = encoder.closing(0, last, DECISION) + encoder.end(last.usage, last, DECISION)
+    stream = encoder.opening(0, DECISION) + content + end
     return [event.data for event in sse.Decoder().feed(stream)]
 
 
+def whole(chunks: tuple[Chunk, ...]) -> bytes:
+    return encode_chat_completion(STAMP, [Answer(chunks, DECISION)], chunks[-1].usage, logprobs=True)
+
+
 def test_a_whole_answer_is_what_openai_describes() -> None:
-    data = encode_completion(STAMP, ANSWER, DECISION, logprobs=True)
+    data = whole(ANSWER)
     completion = ChatCompletion.model_validate_json(data)
     raw = json.loads(data)
     assert raw["choices"][0]["message"] == {"role": "assistant", "content": "👍!", "refusal": None}
@@ -287,7 +322,7 @@ def test_a_whole_answer_is_what_openai_describes() -> None:
 
 
 def test_logprobs_keep_the_bytes_of_half_characters() -> None:
-    completion = ChatCompletion.model_validate_json(encode_completion(STAMP, ANSWER, DECISION, logprobs=True))
+    completion = ChatCompletion.model_validate_json(whole(ANSWER))
     logprobs = completion.choices[0].logprobs
     assert logprobs is not None
     first, second = logprobs.content or []
@@ -298,7 +333,7 @@ def test_logprobs_keep_the_bytes_of_half_characters() -> None:
 
 def test_logprobs_that_the_engine_does_not_know_are_null() -> None:
     unknown = (Chunk("a", (Token(1, b"a", None),)), ANSWER[-1])
-    completion = ChatCompletion.model_validate_json(encode_completion(STAMP, unknown, DECISION, logprobs=True))
+    completion = ChatCompletion.model_validate_json(whole(unknown))
     assert completion.choices[0].logprobs is None
     assert json.loads(streamed(answer=unknown)[1])["choices"][0]["logprobs"] is None
 

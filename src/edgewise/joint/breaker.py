@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NewType
 
-from edgewise.errors import DeadlineExceeded, RemoteRefused, RemoteTimeout, RequestError, Unreachable
+from edgewise.errors import ContextFull, DeadlineExceeded, RemoteRefused, RemoteTimeout, RequestError, Unreachable
 
 State = Literal["closed", "open", "half_open"]
 Ticket = NewType("Ticket", int)
@@ -102,7 +102,8 @@ class Breaker:
 
     def fail(self, ticket: Ticket, error: Exception) -> None:
         """The cloud did not deliver, for this reason."""
-        if isinstance(error, RemoteRefused) and error.status not in LASTING_REFUSALS:
+        refused = isinstance(error, RemoteRefused) and error.status not in LASTING_REFUSALS
+        if refused or isinstance(error, ContextFull):  # it answered, and the next request may fit
             self.succeed(ticket)
         elif isinstance(error, RequestError):  # raised on this side, before the cloud was called
             self.drop(ticket)

@@ -218,13 +218,15 @@ def _cut_short(error: Exception, sent: int) -> RemoteError:
 
 
 def _both(edge: Capabilities, cloud: Capabilities) -> Capabilities:
-    """What a request may ask for that either may get. A prompt too long for one may still fit the other."""
+    """What a request may ask for that either may get. A prompt too long for one may still fit the other. A token id
+    means one model's token, so `prompt_ids` and `logit_bias` are for the edge alone, on the route `edge`."""
     known = edge.context is not None and cloud.context is not None
     return Capabilities(
         logprobs=edge.logprobs and cloud.logprobs,
         top_logprobs=min(edge.top_logprobs, cloud.top_logprobs),
         seed=edge.seed and cloud.seed,
-        prompt_ids=edge.prompt_ids and cloud.prompt_ids,
+        sampling=(edge.sampling & cloud.sampling) - {"logit_bias"},
+        prompt_ids=False,
         continuation=False,
         context=max(edge.context or 0, cloud.context or 0) if known else None,
     )

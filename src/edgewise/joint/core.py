@@ -336,19 +336,20 @@ class Course(Generic[T]):
         return self._edge
 
     async def _edge_ready(self) -> None:
-        """Wait until the edge can be handed on: from its first item (streamed), or whole. Raises its error."""
+        """Wait until the edge can be handed on: from its first item (streamed), or whole. Raises its error. When the
+        deadline comes before that, what there is of the answer is handed on, and the error after it."""
         feed = self._open_edge()
-        if not await feed.until(lambda: self._case.stream and bool(feed.items), self._end):
+        if not await feed.until(lambda: self._case.stream and bool(feed.items), self._end) and not feed.items:
             raise self._too_late(feed)
         if feed.error is not None:
             raise feed.error
 
     def _final_confidence(self, early: float | None) -> float | None:
-        """Of the whole answer, where it is whole before any of it is handed on."""
+        """Of the whole answer, or of what the deadline left of it, where none of it was handed on before."""
         feed = self._edge
         if self._case.stream or feed is None:
             return early
-        return self._case.judge(feed.items, True).confidence
+        return self._case.judge(feed.items, feed.done).confidence
 
     async def _edge_items(self) -> AsyncGenerator[T]:
         feed, count = self._open_edge(), 0

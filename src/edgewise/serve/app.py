@@ -19,12 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgewise.engines.base import Generator
 from edgewise.errors import UnknownModel
-from edgewise.serve.chat import Chat, Limits
+from edgewise.joint.breaker import Breaker
+from edgewise.serve.completions import CHAT, TEXT, Completions, Crowd, Node
 from edgewise.serve.errors import answer_error, failure_of
+from edgewise.serve.exchange import Limits
 from edgewise.serve.metrics import Metrics
 from edgewise.serve.openapi import document
-from edgewise.types import Route
-from edgewise.wire.openai import encode_model, encode_models
+from edgewise.types import Decision, Route
+from edgewise.wire.answers import encode_model, encode_models
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +41,27 @@ def create_app(
     key: str | None = None,
     ready: Callable[[], Awaitable[bool]] | None = None,
     limits: Limits | None = None,
+    breaker: Breaker | None = None,
 ) -> Starlette:
     """The app over one generator, which it closes when it shuts down.
 
     `models` are the names that /v1/models lists and requests may use; `auto` is understood in any case, and `edge` and
     `cloud`, where listed, ask for that route. `route` is told of answers whose generator made no decision. With `key`
     all paths but the probes need it as a bearer token. `ready` answers /readyz; without it the app is ready once it
-    runs.
+    runs. /metrics shows the state of `breaker`.
     """
-    metrics = Metrics()
-    chat = Chat(generator, frozenset(models), route, limits or Limits(), metrics, version("edgewise"))
+    limits = limits or Limits()
+    metrics = Metrics(breaker)
+    fingerprint = f"edgewise-{version('edgewise')}"
+    decision = Decision(route, None, "only")
+    node = Node(generator, frozenset(models) | {"auto"}, decision, limits, metrics, fingerprint)
+    crowd = Crowd(limits.in_flight)
     health = Health(ready)
     shelf = Shelf(models)
     app = Starlette(
         routes=[
-            Path("/v1/chat/completions", chat, methods=["POST"]),
+            Path("/v1/chat/completions", Completions(node, CHAT, crowd), methods=["POST"]),
+            Path("/v1/completions", Completions(node, TEXT, crowd), methods=["POST"]),
             Path("/v1/models", shelf.list, methods=["GET"]),
             Path("/v1/models/{name:path}", shelf.show, methods=["GET"]),
             Path("/livez", health.live, methods=["GET"]),

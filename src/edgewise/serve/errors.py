@@ -28,7 +28,7 @@ from edgewise.errors import (
     Unreachable,
     UnsupportedField,
 )
-from edgewise.wire.openai import ErrorBody, encode_error
+from edgewise.wire.answers import ErrorBody, encode_error
 
 log = logging.getLogger(__name__)
 

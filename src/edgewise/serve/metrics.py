@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from edgewise.joint.breaker import Breaker, State
 from edgewise.types import Decision, Usage
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -15,12 +19,12 @@ NO_ROUTE = "none"
 
 
 class Metrics:
-    """Counters of the chat requests; `status` is that of HTTP, or 499 where the client left first."""
+    """Counters of the requests for text; `status` is that of HTTP, or 499 where the client left first."""
 
-    def __init__(self) -> None:
+    def __init__(self, breaker: Breaker | None = None) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "edgewise_requests", "Chat requests.", ["route", "reason", "status"], registry=self.registry
+            "edgewise_requests", "Requests for text.", ["route", "reason", "status"], registry=self.registry
         )
         self._tokens = Counter("edgewise_tokens", "Tokens read and written.", ["route", "kind"], registry=self.registry)
         self._first_token = Histogram(
@@ -37,8 +41,10 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.in_flight = Gauge("edgewise_requests_in_flight", "Chat requests being served.", registry=self.registry)
+        self.in_flight = Gauge("edgewise_requests_in_flight", "Requests for text being served.", registry=self.registry)
         self._reasons: set[str] = set()
+        if breaker is not None:
+            self._watch(breaker)
 
     def record(self, status: int, decision: Decision | None, total_s: float, first_token_s: float | None) -> None:
         """One request is over; `decision` is None where it never came to one."""
@@ -53,6 +59,12 @@ class Metrics:
         for kind, count in kinds.items():
             self._tokens.labels(decision.route, kind).inc(count)
 
+    def _watch(self, breaker: Breaker) -> None:
+        """Read when somebody asks; one state is 1, the others are 0."""
+        gauge = Gauge("edgewise_breaker_state", "Whether the cloud is called.", ["state"], registry=self.registry)
+        for state in get_args(State):
+            gauge.labels(state).set_function(partial(_is, breaker, state))
+
     async def show(self, request: Request) -> Response:
         """GET /metrics in Prometheus' text format."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
@@ -63,3 +75,7 @@ class Metrics:
             return "other"
         self._reasons.add(reason)
         return reason
+
+
+def _is(breaker: Breaker, state: State) -> float:
+    return float(breaker.state == state)

@@ -6,17 +6,23 @@ from typing import Any
 
 import msgspec
 
-from edgewise.serve.chat import WISHES
-from edgewise.wire.openai import ChatBody, ChunkBody, Completion, ErrorAnswer, ModelBody, ModelList
+from edgewise.serve.completions import WISHES
+from edgewise.wire.answers import ChunkBody, Completion, ErrorAnswer, ModelBody, ModelList, TextCompletion
+from edgewise.wire.openai import ChatBody, TextBody
 
-TYPES = (ChatBody, ChunkBody, Completion, ErrorAnswer, ModelBody, ModelList)
+TYPES = (ChatBody, ChunkBody, Completion, TextBody, TextCompletion, ErrorAnswer, ModelBody, ModelList)
 
 
 def document(version: str) -> bytes:
     """The OpenAPI 3.1 document as JSON."""
     _, components = msgspec.json.schema_components(TYPES, ref_template="#/components/schemas/{name}")
     paths = {
-        "/v1/chat/completions": {"post": _chat()},
+        "/v1/chat/completions": {
+            "post": _asked("An answer to a conversation, whole or as a stream.", "ChatBody", "Completion", "ChunkBody")
+        },
+        "/v1/completions": {
+            "post": _asked("What follows a text, whole or as a stream.", "TextBody", "TextCompletion", "TextCompletion")
+        },
         "/v1/models": {"get": _operation("The models by name.", _json("ModelList"), (401,))},
         "/v1/models/{name}": {
             "get": _operation("One model.", _json("ModelBody"), (401, 404))
@@ -36,16 +42,16 @@ def document(version: str) -> bytes:
     )
 
 
-def _chat() -> dict[str, Any]:
-    answers = _json("Completion") | {"text/event-stream": {"schema": _ref("ChunkBody")}}
+def _asked(summary: str, body: str, whole: str, piece: str) -> dict[str, Any]:
+    answers = _json(whole) | {"text/event-stream": {"schema": _ref(piece)}}
     refusals = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
     headers = [
         _header("x-edgewise-route", {"enum": list(WISHES)}),
         _header("x-edgewise-hops", {"type": "string", "pattern": r"^[0-4]$"}),
         _header("x-request-deadline-ms", {"type": "string", "pattern": r"^[0-9]{1,7}(\.[0-9]{1,3})?$"}),
     ]
-    operation = _operation("An answer to a conversation, whole or as a stream.", answers, refusals)
-    return operation | {"parameters": headers, "requestBody": {"required": True, "content": _json("ChatBody")}}
+    request = {"required": True, "content": _json(body)}
+    return _operation(summary, answers, refusals) | {"parameters": headers, "requestBody": request}
 
 
 def _operation(summary: str, answer: dict[str, Any], refusals: tuple[int, ...]) -> dict[str, Any]:

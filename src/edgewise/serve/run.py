@@ -18,12 +18,20 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from edgewise.errors import ConfigError
+from edgewise.settings import ServeSettings
 
+DEFAULTS = ServeSettings()
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(
-    app: ASGIApp, host: str = "127.0.0.1", port: int = 0, *, drain_s: float = 30.0, json_logs: bool = False
+    app: ASGIApp,
+    host: str = DEFAULTS.host,
+    port: int = DEFAULTS.port,
+    *,
+    send_s: float = DEFAULTS.send_s,
+    drain_s: float = 30.0,
+    json_logs: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT; port 0 takes any free one.
 
@@ -32,7 +40,7 @@ def run(
     after SIGINT it raises KeyboardInterrupt. ConfigError if the address cannot be had.
     """
     log_to_stderr(as_json=json_logs)
-    listener = listen(host, port)
+    listener = listen(host, port, send_s=send_s)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -79,8 +87,9 @@ class Server(uvicorn.Server):
         self.caught = self.caught or sig
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at the first address that `host` means.
+def listen(host: str, port: int, *, send_s: float = DEFAULTS.send_s) -> socket.socket:
+    """A socket that listens at the first address that `host` means. Where the system can, it drops a connection whose
+    other end takes nothing for `send_s`: when an answer is complete, its last bytes are with the system alone.
 
     It names its protocol: asyncio turns Nagle's algorithm off for none but those, and with it each first token on a
     kept connection would come 40 ms late.
@@ -94,6 +103,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         if os.name == "posix":  # elsewhere it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(send_s * 1000))
         listener.bind(address)
         listener.listen(1024)
     except OSError as e:
