@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPTS ?= demo/prompts.jsonl
 TESTS ?= tests
+NATIVE := scripts/native.py $(wildcard src/edgewise/engines/native/*.[ch])
 
 .PHONY: demo test check bench docs
 
@@ -11,7 +12,7 @@ demo: .venv/.demo
 	$(BIN)/python demo/run.py "$(PROMPTS)"
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -27,5 +28,5 @@ docs: .venv/.dev
 	$(BIN)/python scripts/cli_docs.py
 	$(BIN)/python scripts/figures.py
 
-.venv/.%: requirements/%.txt requirements/demo.txt requirements/run.txt pyproject.toml scripts/setup
+.venv/.%: requirements/%.txt requirements/demo.txt requirements/run.txt pyproject.toml scripts/setup $(NATIVE)
 	scripts/setup "$(PYTHON)" $*

@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
-from measurement import ROOT, figure, write
 
+from edgewise.bench.measure import Measurement, figure, typed
 from edgewise.engines.base import Row
-from edgewise.engines.onnx_lm import OnnxLM, set_threads
+from edgewise.engines.local import set_threads
+from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.models.source import pull
 
+ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".cache" / "edgewise"
 SIZES = (1, 2, 3, 6, 10, 15, 30)
 PROMPT, NEW, THREADS = 256, 32, 2
@@ -46,7 +49,10 @@ def main() -> None:
         for n in SIZES
     }
     settings = {"model": "smollm2-135m", "threads": THREADS, "prompt": PROMPT, "new": NEW, "rounds": args.rounds}
-    path = write("block_size", results=results, libraries=["onnxruntime"], settings=settings)
+    taken = Measurement.taken(
+        "block_size", command=typed(__file__), results=results, libraries=["onnxruntime"], settings=settings
+    )
+    path = taken.save(ROOT / "benchmarks" / "results")
     if args.json:
         print(path.read_text())
     else:

@@ -16,10 +16,11 @@ import socket
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-from measurement import figure, write
 
+from edgewise.bench.measure import Measurement, figure, typed
 from edgewise.engines.base import Generator
 from edgewise.engines.fake import FakeGenerator, Script
 from edgewise.engines.openai import OpenAI
@@ -38,7 +39,14 @@ def main() -> None:
     parser.add_argument("--deadline-ms", type=float, default=1000.0)
     options = parser.parse_args()
     results = asyncio.run(measure(options.requests, options.tokens, options.deadline_ms))
-    path = write("breaker", results=results, libraries=["edgewise", "httpx2"], settings=vars(options))
+    taken = Measurement.taken(
+        "breaker",
+        command=typed(__file__),
+        results=results,
+        libraries=["edgewise", "httpx2"],
+        settings=vars(options),
+    )
+    path = taken.save(Path(__file__).parent / "results")
     first = results["first_request"]
     print(
         f"first hard request: {first['route']}, {first['reason']}, {first['took_ms']:.0f} of {first['deadline_ms']} ms"

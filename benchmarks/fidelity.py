@@ -1,6 +1,6 @@
-"""How far our engine is from the model it was given: KL to the dequantized GGUF in transformers, teacher-forced.
+"""How far our engine is from the models it was given: KL to the dequantized GGUF in transformers, teacher-forced.
 
-    python benchmarks/fidelity.py [--tokens 2000] [--text FILE] [--json]
+    python benchmarks/fidelity.py [--models smollm2-135m,gemma-3-270m] [--tokens 2000] [--text FILE] [--json]
 
 Each bundle (exact weights with fp32 and int8 activations, requantized ones) and the reference see the same token ids.
 Needs the test environment (torch, transformers); the text is docs/formats/*.md unless a file is given.
@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measurement import ROOT, write
 
+from edgewise.bench.measure import Measurement, typed
 from edgewise.engines.base import Row
 from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.evaluate.divergence import Divergence
@@ -28,64 +29,99 @@ from edgewise.models.download import ALIASES, packaged
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
 
-sys.path.insert(0, str(ROOT / "tests"))
-from oracle import llama_from_gguf
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from gemma import gemma_gguf
+from oracle import from_gguf
 
+ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".cache" / "edgewise"
 CHUNK = 250
-RECIPES: dict[str, dict[str, Any]] = {
+EXACT: dict[str, dict[str, Any]] = {
     "exact, fp32 activations": {"activations": "fp32"},
     "exact, int8 activations": {},
+}
+REQUANTIZED: dict[str, dict[str, Any]] = {
     "int8, int8 activations": {"requantize": "int8"},
     "int4, int8 activations": {"requantize": "int4"},
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model to judge, the most tokens of text for it, and the bundles to make of it."""
+
+    gguf: Callable[[Path], Path]
+    tokens: int
+    recipes: dict[str, dict[str, Any]]
+
+
+MODELS = {
+    "smollm2-135m": Model(
+        lambda home: packaged(ALIASES["smollm2-135m"], home, lambda what, done, total: None),
+        1 << 20,
+        EXACT | REQUANTIZED,
+    ),
+    "gemma-3-270m": Model(gemma_gguf, 800, EXACT),  # more than its window of 512; a row of logits is 1 MB
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    ids, reference = teacher(args.text, args.tokens)
-    rows = {name: asyncio.run(judge(name, recipe, ids, reference)) for name, recipe in RECIPES.items()}
-    reference_perplexity = Perplexity()
-    reference_perplexity.add(reference[:-1], ids[1:])
-    rows = {"reference": {"perplexity": reference_perplexity.result()}, **rows}
-    settings = {
-        "model": "smollm2-135m",
-        "tokens": len(ids),
-        "text": args.text.name if args.text else "docs/formats/*.md",
-    }
-    path = write(
-        "fidelity", results=rows, libraries=["onnxruntime", "transformers", "torch", "gguf"], settings=settings
+    rows: dict[str, dict[str, float]] = {}
+    tokens = {}
+    for name in args.models.split(","):
+        tokens[name] = min(args.tokens, MODELS[name].tokens)
+        rows |= {f"{name}: {bundle}": row for bundle, row in judged(name, args.text, tokens[name]).items()}
+    settings = {"tokens": tokens, "text": args.text.name if args.text else "docs/formats/*.md"}
+    taken = Measurement.taken(
+        "fidelity",
+        command=typed(__file__),
+        results=rows,
+        libraries=["onnxruntime", "transformers", "torch", "gguf"],
+        settings=settings,
     )
+    path = taken.save(ROOT / "benchmarks" / "results")
     if args.json:
         print(path.read_text())
     else:
         for name, row in rows.items():
-            print(f"{name:26}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+            print(f"{name:40}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 
 
-def teacher(text: Path | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def judged(name: str, text: Path | None, tokens: int) -> dict[str, dict[str, float]]:
+    """A row for the reference and for each bundle."""
+    model = MODELS[name]
+    path = model.gguf(HOME)
+    bundles = {made: bundle(path, f"{name}-{made}", recipe) for made, recipe in model.recipes.items()}
+    ids, reference = teacher(path, next(iter(bundles.values())), text, tokens)
+    perplexity = Perplexity()
+    perplexity.add(reference[:-1], ids[1:])
+    rows = {made: asyncio.run(judge(its, ids, reference)) for made, its in bundles.items()}
+    return {"reference": {"perplexity": perplexity.result()}, **rows}
+
+
+def teacher(gguf: Path, of: Bundle, text: Path | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and the reference's logits for them, float32 [tokens, vocab]."""
     files = [text] if text else sorted((ROOT / "docs" / "formats").glob("*.md"))
-    path = packaged(ALIASES["smollm2-135m"], HOME, lambda what, done, total: None)
-    tokenizer = Tokenizer.open(bundle("tokenizer", {}).path)
-    ids = np.array(tokenizer.encode("\n".join(f.read_text() for f in files))[:tokens])
+    ids = np.array(Tokenizer.open(of.path).encode("\n".join(f.read_text() for f in files))[:tokens])
     if len(ids) < tokens:
         raise SystemExit(f"the text has only {len(ids)} tokens, {tokens} are wanted")
     with torch.no_grad():
-        logits = llama_from_gguf(path)(torch.from_numpy(ids)[None]).logits[0].numpy()
-    return ids, logits
+        return ids, from_gguf(gguf)(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
-def bundle(name: str, recipe: dict[str, Any]) -> Bundle:
-    return pull("smollm2-135m", home=HOME, name="fidelity-" + name.replace(", ", "-").replace(" ", "-"), **recipe)
+def bundle(gguf: Path, name: str, recipe: dict[str, Any]) -> Bundle:
+    made = "fidelity-" + name.replace(", ", "-").replace(" ", "-")
+    return pull(str(gguf), home=HOME, name=made, accept_licence=True, **recipe)
 
 
-async def judge(name: str, recipe: dict[str, Any], ids: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    lm = OnnxLM(bundle(name, recipe), slots=1, context=len(ids))
+async def judge(its: Bundle, ids: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    lm = OnnxLM(its, slots=1, context=len(ids))
     await lm.open("s", len(ids))
     divergence, perplexity = Divergence(), Perplexity()
     for start in range(0, len(ids), CHUNK):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from measurement import write
 
+from edgewise.bench.measure import Measurement, typed
 from edgewise.engines.base import Generator
 from edgewise.engines.load import open_generator
 from edgewise.joint import signals
@@ -120,7 +120,14 @@ def report(policy: Policy, whole: Sequence[float], early: Sequence[float], optio
         print(f"{name}: threshold {threshold}, escalates {results[name]['escalated']:.2f} of {len(values)}")
         print("  " + "  ".join(f"{q:g}: {np.quantile(values, q):.3f}" for q in QUANTILES))
     kept = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
-    print(write("default_policy", results=results, libraries=["edgewise", "onnxruntime"], settings=kept))
+    taken = Measurement.taken(
+        "default_policy",
+        command=typed(__file__),
+        results=results,
+        libraries=["edgewise", "onnxruntime"],
+        settings=kept,
+    )
+    print(taken.save(Path(__file__).parent / "results"))
     print(options.output)
 
 

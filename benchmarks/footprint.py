@@ -15,7 +15,9 @@ import time
 from importlib.metadata import distribution
 from pathlib import Path
 
-from measurement import ROOT, figure, write
+from edgewise.bench.measure import Measurement, figure, typed
+
+ROOT = Path(__file__).parents[1]
 
 STARTS = {
     "python_ms": ["-c", "pass"],
@@ -35,12 +37,14 @@ def main() -> None:
             samples[name].append(start_ms(arguments))
     results = {name: figure(values, "ms") for name, values in samples.items()}
     total = sum(sizes.values())
-    path = write(
+    taken = Measurement.taken(
         "footprint",
+        command=typed(__file__),
         results={"install_bytes": total, "install_bytes_by_package": sizes, **results},
         libraries=["edgewise", "typer"],
         settings={"rounds": rounds, "requirements": "requirements/run.txt"},
     )
+    path = taken.save(ROOT / "benchmarks" / "results")
     print(f"run-time install {total / 1e6:.0f} MB in {len(sizes)} packages")
     for name, timing in results.items():
         print(f"{name:20} {timing['median']:6.0f}  ({timing['low']:.0f} to {timing['high']:.0f})")
@@ -56,7 +60,9 @@ def installed_bytes(package: str) -> int:
     """As recorded at installation; our own is an editable one and is counted in the checkout."""
     if package == "edgewise":
         return sum(
-            file.stat().st_size for file in (ROOT / "src").rglob("*") if file.suffix in {".py", ".json", ".typed"}
+            file.stat().st_size
+            for file in (ROOT / "src").rglob("*")
+            if file.suffix in {".py", ".json", ".typed", ".txt"}
         )
     paths = [Path(str(file.locate())) for file in distribution(package).files or [] if file.suffix != ".pyc"]
     return sum(path.stat().st_size for path in paths if path.is_file())

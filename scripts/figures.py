@@ -41,13 +41,24 @@ def provenance(measurement: Measurement) -> str:
 
 
 def engines(measurement: Measurement) -> Rows:
-    ratios = measurement["results"]["ratio_to_llama.cpp"]
-    figures = {"prefill_tok_s": "prefill", "decode_tok_s": "decode"}
-    yield ["engine", "prefill tok/s", "decode tok/s", "cold start s", "peak MB", "prefill ratio", "decode ratio"]
-    for name, row in measurement["results"]["engines"].items():
-        speeds = [f"{row[key]['median']:.0f}" for key in figures]
-        rest = [f"{row['cold_start_s']['median']:.2f}", f"{row['peak_rss_mb']['median']:.0f}"]
-        yield [name, *speeds, *rest, *(interval(ratios[name][key]) if name in ratios else "1" for key in figures)]
+    """All cells; the ratio is that of `edgewise fast` to the engine, or why there is none."""
+    columns = {"prefill_tok_s": 1, "decode_tok_s": 1, "ttft_ms": 1, "cold_start_s": 1, "peak_rss_bytes": 1e-6}
+    yield [
+        *("prompt", "engine", "KL, nats", "prefill tok/s", "decode tok/s", "first token ms", "cold start s", "peak MB"),
+        *("prefill ratio", "decode ratio"),
+    ]
+    for cell in measurement["results"]["cells"]:
+        for name, row in cell["engines"].items():
+            kl = "unknown" if row["kl"] is None else f"{row['kl']:.2g}"
+            medians = [f"{row[key]['median'] * scale:.3g}" if row[key] else "" for key, scale in columns.items()]
+            yield [str(cell["prompt_tokens"]), name, kl, *medians, *ratios(cell, name)]
+
+
+def ratios(cell: dict[str, Any], name: str) -> list[str]:
+    ratio = cell["ratio_to"].get(name)
+    if ratio is None:
+        return [cell["engines"][name]["left_out"] or "", ""]
+    return [interval(ratio["prefill_tok_s"]), interval(ratio["decode_tok_s"])]
 
 
 def interval(figure: dict[str, Any]) -> str:

@@ -14,8 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from edgewise import registry
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "edgewise"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -98,16 +96,13 @@ def test_every_declared_dependency_is_imported_and_every_import_declared() -> No
 
 
 def test_an_extra_has_one_home() -> None:
+    """bench/peers/ runs other engines as their users do; it is not a home."""
+    files = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "peers"]
     for needs in PROJECT["project"]["optional-dependencies"].values():
         for need in needs:
             name = Requirement(need).name
-            homes = [p for p in (PACKAGE / "engines").glob("*.py") if f'import_module("{name}")' in p.read_text()]
-            assert len(homes) == 1, name
-
-
-@pytest.mark.parametrize("name", sorted(registry.ENGINES))
-def test_every_name_of_the_registry_resolves(name: str) -> None:
-    assert callable(registry.engine(name).generate if name != "onnx" else registry.engine(name).forward)
+            homes = [p for p in files if re.search(rf'import_module\("{name}[".]', p.read_text())]
+            assert len(homes) == 1, (name, homes)
 
 
 def test_every_pin_satisfies_what_the_package_asks_for() -> None:

@@ -98,6 +98,12 @@ class ModelSettings:
     """The model that runs on this machine: the edge of `ask` and `serve`, the whole of `cloud`."""
 
     name: str = _setting(DEFAULT_MODEL, _text, "bundle name, bundle directory or .gguf file", "--edge", "--model")
+    runtime: Literal["auto", "native", "onnxruntime"] = _setting(
+        "auto",
+        _choice("auto", "native", "onnxruntime"),
+        "what computes a bundle: our own kernels, onnxruntime, or the first of them that can",
+        "--runtime",
+    )
     mode: Literal["fast", "stable"] = _setting(
         "stable",
         _choice("fast", "stable"),
@@ -117,6 +123,7 @@ class CloudSettings:
     key_env: str | None = _setting(
         None, _variable, "name of the environment variable that holds its key", "--cloud-key-env"
     )
+    answer_s: float = _setting(600.0, _number(0.1, 86_400), "seconds that one of its answers may take, to its end")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,10 @@ class ServeSettings:
     port: int = _setting(0, _whole(0, 65535), "port to listen on; 0: any free one", "--port")
     key_env: str | None = _setting(
         None, _variable, "name of the environment variable that holds the key which clients must send", "--key-env"
+    )
+    choices: int = _setting(8, _whole(1, 128), "most answers to one request: n, times the prompts of a completion")
+    send_s: float = _setting(
+        120.0, _number(0.1, 86_400), "seconds, all in all, that an answer waits for a client that reads slowly"
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Edge, Json, Mode, Policy, Threshold
+from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Edge, Json, Mode, Policy, Runtime, Threshold
 from edgewise.cli.output import note, result
 from edgewise.errors import UsageError
 from edgewise.settings import load
@@ -30,11 +30,20 @@ def ask(
     cloud_key_env: CloudKeyEnv = None,
     threshold: Threshold = None,
     policy: Policy = None,
+    runtime: Runtime = None,
     mode: Mode = None,
     route: Annotated[Literal["auto", "edge", "cloud"], typer.Option(help="which tier is to answer")] = "auto",
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="instructions that go before the question")] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="longest answer, in tokens")] = 512,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="draw from the likeliest tokens that make up this share")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(metavar="K", help="draw from this many of the likeliest; 0: all")] = 0,
+    min_p: Annotated[
+        float, typer.Option(metavar="P", help="drop what is less likely than this share of the best")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="the same seed draws the same answer")] = None,
     deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="answer within this time")] = None,
     config: Config = None,
     json: Json = False,
@@ -48,6 +57,7 @@ def ask(
             "--cloud-key-env": cloud_key_env,
             "--threshold": threshold,
             "--policy": policy,
+            "--runtime": runtime,
             "--mode": mode,
         },
         config=config,
@@ -55,7 +65,7 @@ def ask(
 
     from edgewise.cli.tiers import open_cascade
     from edgewise.engines.answer import check_request
-    from edgewise.engines.base import Capabilities
+    from edgewise.engines.base import EVERYTHING
     from edgewise.types import Message, Request, Sampling
 
     if route == "cloud" and settings.cloud.url is None:
@@ -63,14 +73,14 @@ def ask(
 
     messages = [Message("system", system)] if system else []
     request = Request(
-        messages=(*messages, Message("user", _prompt(prompt))),
-        sampling=Sampling(temperature=temperature),
+        messages=(*messages, Message("user", prompt_text(prompt))),
+        sampling=Sampling(temperature, top_p, seed, top_k, min_p),
         max_tokens=max_tokens,
         stream=not json,
         route=route,
         deadline_ms=deadline_ms,
     )
-    check_request(request, Capabilities())  # what no engine can do is refused before one is loaded
+    check_request(request, EVERYTHING)  # what no engine can do is refused before one is loaded
     chunks = asyncio.run(_answer(open_cascade(settings), request, show=not json))
     facts = _facts(chunks)
     if json:
@@ -110,7 +120,8 @@ def _facts(chunks: list[Chunk]) -> dict[str, Any]:
     }
 
 
-def _prompt(given: str) -> str:
+def prompt_text(given: str) -> str:
+    """The question as given, or from stdin for -; UsageError if it is none."""
     text = sys.stdin.read(STDIN_LIMIT + 1) if given == "-" else given
     if len(text) > STDIN_LIMIT:
         raise UsageError(f"stdin holds more than {STDIN_LIMIT} characters", hint="no model here could read them")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from edgewise.cli.options import Config, Debug, Host, KeyEnv, Mode, Model, Port
+from edgewise.cli.options import Config, Debug, Host, KeyEnv, Mode, Model, Port, Runtime
 from edgewise.settings import load
 
 
 def cloud(
     model: Model = None,
+    runtime: Runtime = None,
     mode: Mode = None,
     host: Host = None,
     port: Port = None,
@@ -18,7 +19,8 @@ def cloud(
     """Serve the OpenAI API with one model: the tier behind an edge node. The first line of stdout is {"url": ...},
     once it is ready."""
     settings = load(
-        {"--model": model, "--mode": mode, "--host": host, "--port": port, "--key-env": key_env}, config=config
+        {"--model": model, "--runtime": runtime, "--mode": mode, "--host": host, "--port": port, "--key-env": key_env},
+        config=config,
     ).settings
 
     from edgewise.cli.tiers import listen, open_model

@@ -67,6 +67,7 @@ def _checks(settings: Settings) -> Iterator[Check]:
     yield Check("platform", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
     yield Check("cores", "ok", f"{os.cpu_count()} in all, {_usable_cores()} for this process")
     yield _simd()
+    yield _native()
     yield _onnxruntime()
     yield from map(_extra, sorted(_extras()))
     yield from _bundles(settings.home)
@@ -85,6 +86,16 @@ def _simd() -> Check:
 
     found = numpy.show_config(mode="dicts")["SIMD Extensions"]
     return Check("simd", "ok", " ".join([*found.get("baseline", []), *found.get("found", [])]) or "none known to numpy")
+
+
+def _native() -> Check:
+    from edgewise.engines.native_lm import probe
+
+    kernels = probe()
+    if kernels is None:
+        hint = "models run on onnxruntime; for x86-64 with AVX2, reinstall edgewise with a C compiler at hand"
+        return Check("native kernels", "absent", "not built, or not for this processor", hint=hint)
+    return Check("native kernels", "ok", kernels)
 
 
 def _onnxruntime() -> Check:

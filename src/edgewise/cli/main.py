@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from edgewise import __version__
-from edgewise.cli import ask, cloud, config, doctor, list, pull, rm, serve, show
+from edgewise.cli import ask, bench, bench_import, cloud, config, doctor, list, profile, pull, rm, serve, show
 from edgewise.cli.options import Run
 from edgewise.cli.output import note
 from edgewise.errors import EdgewiseError, GapError, LicenceError, RequestError, UnknownModel, UsageError
@@ -37,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+bench_verbs = typer.Typer(help="Measure, and read what other tools measured.", rich_markup_mode=None)
 settings_verbs = typer.Typer(help="The settings.", rich_markup_mode=None)
 
 app.command("pull")(pull.pull)
@@ -46,9 +47,13 @@ app.command("rm")(rm.rm)
 app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
 app.command("cloud")(cloud.cloud)
+app.command("profile")(profile.profile)
 app.command("doctor")(doctor.doctor)
 settings_verbs.command("show")(config.show)
 settings_verbs.callback()(config.config)
+bench_verbs.command("engines")(bench.engines)
+bench_verbs.command("import")(bench_import.import_)
+app.add_typer(bench_verbs, name="bench")
 app.add_typer(settings_verbs, name="config")
 
 

@@ -44,6 +44,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="a bundle's name", sho
 
 Edge = Annotated[str | None, _setting("--edge", "BUNDLE")]
 Model = Annotated[str | None, _setting("--model", "BUNDLE")]
+Runtime = Annotated[str | None, _setting("--runtime", "auto|native|onnxruntime")]
 Mode = Annotated[str | None, _setting("--mode", "fast|stable")]
 Cloud = Annotated[str | None, _setting("--cloud", "URL")]
 CloudKeyEnv = Annotated[str | None, _setting("--cloud-key-env", "NAME")]

@@ -13,6 +13,7 @@ from edgewise.cli.options import (
     Mode,
     Policy,
     Port,
+    Runtime,
     Threshold,
 )
 from edgewise.settings import load
@@ -24,6 +25,7 @@ def serve(
     cloud_key_env: CloudKeyEnv = None,
     threshold: Threshold = None,
     policy: Policy = None,
+    runtime: Runtime = None,
     mode: Mode = None,
     host: Host = None,
     port: Port = None,
@@ -40,6 +42,7 @@ def serve(
             "--cloud-key-env": cloud_key_env,
             "--threshold": threshold,
             "--policy": policy,
+            "--runtime": runtime,
             "--mode": mode,
             "--host": host,
             "--port": port,

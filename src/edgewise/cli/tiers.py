@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgewise.cli.output import note, progress
+from edgewise.errors import UsageError
 from edgewise.settings import DEFAULT_MODEL, secret
 
 if TYPE_CHECKING:
     from edgewise.engines.base import Generator
     from edgewise.joint.cascade import Cascade
     from edgewise.joint.policy import Policy
+    from edgewise.models.bundle import Bundle
     from edgewise.settings import RouteSettings, Settings
     from edgewise.types import Route, Wish
 
@@ -22,14 +24,36 @@ def open_model(settings: Settings) -> Generator:
     """The model of this machine. The default one is pulled if it is not here yet."""
     from edgewise.engines.load import open_generator
 
+    _prepare(settings)
+    model = settings.model
+    return open_generator(
+        model.name,
+        home=settings.home,
+        runtime=model.runtime,
+        mode=model.mode,
+        slots=model.slots,
+        context=model.context,
+    )
+
+
+def local_bundle(settings: Settings) -> Bundle:
+    """The same model as a bundle, for verbs that look inside; UsageError if another engine runs it."""
+    from edgewise.models.store import find
+
+    name = settings.model.name
+    if name.lower().startswith(("http://", "https://")) or name.lower().endswith(".gguf"):
+        raise UsageError(f"{name} is not a bundle", hint=f"edgewise pull {name} may make one")
+    _prepare(settings)
+    return find(name, settings.home)
+
+
+def _prepare(settings: Settings) -> None:
     if settings.threads is not None:
-        from edgewise.engines.onnx_lm import set_threads
+        from edgewise.engines.local import set_threads
 
         set_threads(settings.threads)
     if settings.model.name == DEFAULT_MODEL:
         _pull_default(settings)
-    model = settings.model
-    return open_generator(model.name, home=settings.home, mode=model.mode, slots=model.slots, context=model.context)
 
 
 def open_cascade(settings: Settings) -> Cascade:
@@ -40,7 +64,11 @@ def open_cascade(settings: Settings) -> Cascade:
     policy = _policy(settings.route)
     key = secret(settings.cloud.key_env, "--cloud-key-env")
     url = settings.cloud.url
-    cloud = None if url is None else OpenAI(url, model=settings.cloud.model, key=key)
+    cloud = (
+        None
+        if url is None
+        else OpenAI(url, model=settings.cloud.model, key=key, answer_timeout_s=settings.cloud.answer_s)
+    )
     return Cascade(open_model(settings), cloud, policy)
 
 
@@ -48,7 +76,9 @@ def listen(
     settings: Settings, open_it: Callable[[Settings], Generator], *, route: Route, wishes: tuple[str, ...]
 ) -> None:
     """Serve the generator that `open_it` makes until a signal comes. `wishes` are model names that ask for a tier."""
+    from edgewise.joint.cascade import Cascade
     from edgewise.serve.app import create_app
+    from edgewise.serve.exchange import Limits
     from edgewise.serve.run import run
 
     key = secret(settings.serve.key_env, "--key-env")  # before the model is loaded: that takes a while
@@ -56,8 +86,15 @@ def listen(
         note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
     generator = open_it(settings)
     asyncio.run(_first_answer(generator, "edge" if "edge" in wishes else "auto"))
-    app = create_app(generator, models=("auto", *wishes, generator.name), route=route, key=key)
-    run(app, settings.serve.host, settings.serve.port)
+    app = create_app(
+        generator,
+        models=("auto", *wishes, generator.name),
+        route=route,
+        key=key,
+        limits=Limits(choices=settings.serve.choices, send_s=settings.serve.send_s),
+        breaker=generator.breaker if isinstance(generator, Cascade) else None,
+    )
+    run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s)
 
 
 async def _first_answer(generator: Generator, route: Wish) -> None:
