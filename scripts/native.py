@@ -25,11 +25,13 @@ COMMON = shlex.split(
     "-std=gnu11 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 )
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DEW_LANES=8", "-DEW_TILE=4"]
-AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
+AVX512 = ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+AVX512 += ["-DEW_LANES=16", "-DEW_TILE=12"]
 KERNELS = {
     "avx2": AVX2,
     "avxvnni": [*AVX2, "-mavxvnni"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", *AVX512, "-DEW_LANES=16", "-DEW_TILE=12"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from edgewise.engines import native_lm
 from edgewise.engines.base import Row
@@ -24,7 +25,7 @@ from edgewise.models.ggml_types import FORMATS
 from edgewise.models.source import pull
 from tiny import FAMILIES, VOCAB, save_gguf, save_hf, tiny
 
-KERNELS = ("avx2", "avxvnni", "avx512")
+KERNELS = ("avx2", "avxvnni", "avx512", "avx512bf16")
 LENGTH = 90  # past the windows, and more than two tiles of any kernels
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.075}
 HEADS = {  # other shapes of attention: heads that share, head sizes, queries that fill tiles unevenly
@@ -51,16 +52,24 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     blocks = x.unflatten(-1, (-1, 32))
     step = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.nan_to_num(blocks / step)
-    return (torch.trunc(codes + 0.5 * codes.sign()) * step).flatten(-2)
+    return (torch.round(codes) * step).flatten(-2)
+
+
+class RoundedCache(DynamicCache):
+    """Keys and values as the kernels keep them."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        kept = (states.bfloat16().float() for states in (key_states, value_states))
+        return super().update(*kept, *arguments, **more)
 
 
 def expected(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Logits [len(ids), vocab] of transformers with rounded activations."""
+    """Logits [len(ids), vocab] of transformers with rounded activations, keys and values."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
     with torch.no_grad():
-        return np.asarray(model(torch.from_numpy(ids)[None]).logits[0])
+        return np.asarray(model(torch.from_numpy(ids)[None], past_key_values=RoundedCache(), use_cache=True).logits[0])
 
 
 async def fed(lm: NativeLM, ids: np.ndarray, sizes: Sequence[int], session: str = "s") -> np.ndarray:
@@ -74,7 +83,7 @@ async def fed(lm: NativeLM, ids: np.ndarray, sizes: Sequence[int], session: str 
     return logits
 
 
-async def check(model: Any, bundle: Bundle) -> None:
+async def check(model: Any, bundle: Bundle, kernels: str) -> None:
     ids = np.random.default_rng(3).integers(0, VOCAB, LENGTH)
     lm = NativeLM(bundle, slots=1, context=128)
     got, want = await fed(lm, ids, [LENGTH]), expected(model, ids)
@@ -82,7 +91,8 @@ async def check(model: Any, bundle: Bundle) -> None:
     error = np.abs(got - want)
     assert want.std() > 0.3  # a flat model would prove nothing
     # A number next to the middle of two codes may fall to either side, which moves what follows by a step of a weight.
-    assert np.median(error) <= 2e-2 * want.std()
+    # With avx512bf16 queries and attention weights are bfloat16 too.
+    assert np.median(error) <= (3e-2 if kernels == "avx512bf16" else 1.5e-2) * want.std()
     assert error.max() <= 0.3 * want.std()
 
 
@@ -93,13 +103,13 @@ def of_gguf(model: Any, kind: Any, tmp_path: Path) -> Bundle:
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_every_family(family: str, kernels: str, tmp_path: Path) -> None:
     model = tiny(family)
-    await check(model, of_gguf(model, gguf.GGMLQuantizationType.Q4_1, tmp_path))
+    await check(model, of_gguf(model, gguf.GGMLQuantizationType.Q4_1, tmp_path), kernels)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 async def test_every_type(kind: str, kernels: str, tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=False, **WIDE)
-    await check(model, of_gguf(model, gguf.GGMLQuantizationType[kind], tmp_path))
+    await check(model, of_gguf(model, gguf.GGMLQuantizationType[kind], tmp_path), kernels)
 
 
 async def test_types_mixed_within_a_layer(kernels: str, tmp_path: Path) -> None:
@@ -109,13 +119,13 @@ async def test_types_mixed_within_a_layer(kernels: str, tmp_path: Path) -> None:
     def kind(name: str) -> gguf.GGMLQuantizationType:
         return gguf.GGMLQuantizationType[next((k for part, k in kinds.items() if part in name), "Q8_0")]
 
-    await check(model, of_gguf(model, kind, tmp_path))
+    await check(model, of_gguf(model, kind, tmp_path), kernels)
 
 
 @pytest.mark.parametrize("shape", HEADS)
 async def test_shapes_of_attention(shape: str, kernels: str, tmp_path: Path) -> None:
     model = tiny("llama", **HEADS[shape])
-    await check(model, of_gguf(model, gguf.GGMLQuantizationType.Q8_0, tmp_path))
+    await check(model, of_gguf(model, gguf.GGMLQuantizationType.Q8_0, tmp_path), kernels)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,7 +151,7 @@ async def test_a_slot_takes_memory_as_it_fills(tmp_path: Path) -> None:
     before = resident()
     await lm.open("s", 1 << 18)
     await lm.forward([Row("s", 0, np.arange(20), 1)])
-    assert resident() - before < 8 << 20  # the whole cache is 200 MB
+    assert resident() - before < 8 << 20  # the whole cache is 100 MB
     await lm.shutdown()
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from edgewise import registry
+from edgewise.engines.load import chosen_runtime, kv_bytes_per_token
 from edgewise.models.bundle import Bundle
 from edgewise.models.card import Card
 
@@ -36,7 +38,7 @@ def probe(bundle: Path, threads: int) -> dict[str, Any]:
         "int8_mac_per_s": mac_per_s(threads, np.uint8, np.int8, "MatMulInteger"),
         "fp32_mac_per_s": mac_per_s(threads, np.float32, np.float32, "MatMul"),
         "kernels": KERNELS,
-        "weight_bytes_per_token": weight_bytes(Bundle.open(bundle, check=False)),
+        **read_bytes_per_token(Bundle.open(bundle, check=False)),
     }
 
 
@@ -68,8 +70,16 @@ def mac_per_s(threads: int, left: type, right: type, operator: str) -> float:
     return ROWS * SIDE * SIDE / _best(lambda: session.run(None, {"a": a}))
 
 
-def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of weights that the blocks and the head hold: decoding a token reads each once."""
+def read_bytes_per_token(bundle: Bundle) -> dict[str, int]:
+    """What decoding a token reads: all weights of blocks and head once, and the keys and values of each position."""
+    if chosen_runtime(bundle) == "native":
+        weights: int = registry.engine("native")(bundle, slots=1).weight_bytes
+    else:
+        weights = _stored_weights(bundle)
+    return {"weight_bytes_per_token": weights, "kv_bytes_per_position": kv_bytes_per_token(bundle)}
+
+
+def _stored_weights(bundle: Bundle) -> int:
     onnx = importlib.import_module("onnx")
     graphs = bundle.manifest.graphs
     stored: dict[tuple[str, int], int] = {}
@@ -84,7 +94,7 @@ def weight_bytes(bundle: Bundle) -> int:
 def ceilings(card: Card, probed: Mapping[str, Any], prompt: int, new: int) -> dict[str, float]:
     """Tokens per second that the limits allow, one stream: decoding at the middle of the answer, and the prompt."""
     middle = prompt + new // 2
-    read = probed["weight_bytes_per_token"] + card.kv_bytes_per_token * middle
+    read = probed["weight_bytes_per_token"] + probed["kv_bytes_per_position"] * middle
     decode, prefill = _macs(card, middle) + card.vocab * card.hidden, _macs(card, prompt // 2)
     return {
         "bytes_per_token": read,

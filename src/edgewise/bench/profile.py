@@ -29,7 +29,7 @@ from edgewise.bench.runs import GraphRun, Time, now, recording
 from edgewise.bench.trace import Counter, Span, Track, library, write
 from edgewise.engines.base import Row, Tokenizer, TokenModel
 from edgewise.engines.decode import Decoder
-from edgewise.engines.load import Mode, Runtime, chosen_runtime, local_model
+from edgewise.engines.load import Mode, Runtime, chosen_runtime, kv_bytes_per_token, local_model
 from edgewise.models.bundle import Bundle
 from edgewise.models.tokenizer import Tokenizer as BundleTokenizer
 from edgewise.settings import ModelSettings
@@ -172,7 +172,7 @@ def profile(
         model = WatchedModel(load(), log)
         answers = _serve(model, WatchedTokenizer(tokenizer, log), request, requests, log)
         graphs = recorded.finish()
-    view = View(log, answers, graphs, bundle.card.kv_bytes_per_token)
+    view = View(log, answers, graphs, kv_bytes_per_token(bundle, runtime))
     if trace is not None:
         write(trace, f"edgewise {bundle.name}", view.tracks(), view.counters())
     about = {"model": bundle.name, "runtime": recorded.runtime, "timed": recorded.timed, "mode": mode}

@@ -26,16 +26,18 @@ def summary(bundle: Bundle) -> dict[str, Any]:
 
 def show(name: Name, config: Config = None, json: Json = False, debug: Debug = False) -> None:
     """Show a bundle's card, origin and licence, after checking every file against its hash."""
+    from edgewise.engines.load import kv_bytes_per_token
     from edgewise.models.store import find
 
-    bundle = find(name, load(config=config).settings.home)
+    settings = load(config=config).settings
+    bundle = find(name, settings.home)
     manifest = bundle.manifest
     card = {key: value for key, value in bundle.card.to_json().items() if key != "rope"}
     facts = summary(bundle) | {
         "files": len(manifest.files),
         "intact": True,
         "blocks": len(manifest.graphs.blocks),
-        "kv_bytes_per_token": bundle.card.kv_bytes_per_token,
+        "kv_bytes_per_token": kv_bytes_per_token(bundle, settings.model.runtime),
         "card": card,
         "source": manifest.source,
         "quantization": manifest.quantization,

@@ -67,6 +67,12 @@ def chosen_runtime(bundle: Bundle, runtime: Runtime = DEFAULTS.runtime) -> Chose
     return "onnxruntime" if runtime == "onnxruntime" or reason is not None else "native"
 
 
+def kv_bytes_per_token(bundle: Bundle, runtime: Runtime = DEFAULTS.runtime) -> int:
+    """Bytes of keys and values that one position takes."""
+    engine = registry.engine("native" if chosen_runtime(bundle, runtime) == "native" else "onnx")
+    return int(bundle.card.kv_values_per_token * engine.KV_BYTES)
+
+
 def _generator(engine: str, *args: object, **kwargs: object) -> Generator:
     made: Generator = registry.engine(engine)(*args, **kwargs)
     return made

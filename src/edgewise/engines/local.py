@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from edgewise.engines.base import Row
 from edgewise.errors import ContextFull, EngineClosed, EngineError, GapError, Overloaded
@@ -53,10 +54,14 @@ def fixed_threads() -> int:
     return _process.threads
 
 
-def untouched(*shape: int) -> FloatArray:
-    """float32 zeros whose pages come one by one as they are used. numpy would ask for huge pages, and one row of keys
-    in each of many heads would bring in 2 MiB of memory a head."""
-    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=np.float32).reshape(shape)
+Number = TypeVar("Number", bound=np.generic)
+
+
+def untouched(dtype: type[Number], *shape: int) -> npt.NDArray[Number]:
+    """Zeros whose pages come one by one as they are used. numpy would ask for huge pages, and one row of keys in each
+    of many heads would bring in 2 MiB of memory a head."""
+    memory = mmap.mmap(-1, np.dtype(dtype).itemsize * math.prod(shape))
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 @dataclass
@@ -69,6 +74,8 @@ class _Slot(Generic[KV]):
 class LocalModel(ABC, Generic[KV]):
     """See engines/base.py for its promises. `slots` sessions at once, each of up to `context` positions (None: what the
     model was trained for). KV belongs to slots: a closed session's is used again, and a rewind is a length."""
+
+    KV_BYTES: int  # of one number of keys and values
 
     def __init__(self, bundle: Bundle, *, slots: int, context: int | None) -> None:
         card = bundle.card
@@ -89,9 +96,9 @@ class LocalModel(ABC, Generic[KV]):
         """Room for `context` positions; no page of it is touched before it is used."""
 
     @abstractmethod
-    def _hidden(self, kv: KV, position: int, ids: IdArray) -> FloatArray:
-        """Append at most CHUNK ids at `position`; their hidden states float32 [len(ids), hidden] before the final norm,
-        valid until the next call."""
+    def _hidden(self, kv: KV, position: int, ids: IdArray, want: int) -> FloatArray:
+        """Append at most CHUNK ids at `position`; the hidden states of the last `want` of them, float32 [want, hidden]
+        before the final norm, valid until the next call."""
 
     @abstractmethod
     def _project(self, hidden: FloatArray, out: FloatArray) -> None:
@@ -174,11 +181,11 @@ class LocalModel(ABC, Generic[KV]):
         slot.length = row.position
         first_wanted = count - row.want
         for start, end in pairwise(self._cuts(row.position, count)):
-            hidden = self._hidden(slot.kv, row.position + start, row.ids[start:end])
+            want = max(end - max(start, first_wanted), 0)
+            hidden = self._hidden(slot.kv, row.position + start, row.ids[start:end], want)
             slot.length = row.position + end
-            if end > first_wanted:
-                skip = max(first_wanted - start, 0)
-                self._project(hidden[skip:], out[max(start - first_wanted, 0) : end - first_wanted])
+            if want:
+                self._project(hidden, out[end - want - first_wanted : end - first_wanted])
 
     def _cuts(self, position: int, count: int) -> list[int]:
         """Where `count` ids at `position` are cut for the runs: 0, …, count."""

@@ -29,7 +29,8 @@ from edgewise.types import FloatArray, IdArray
 DEFAULTS = ModelSettings()
 LIBRARY = Path(__file__).parent / "native" / "blocks.so"
 MOST_SPANS = 1 << 22  # of a recording: 100 MB at most
-COLUMNS = 16  # outputs that the kernels compute at once; sizes must be multiples of it
+COLUMNS = 16  # outputs that the kernels compute at once
+HEAD = 256  # the largest head that they take
 
 
 class _Card(c.Structure):
@@ -86,9 +87,10 @@ def _library() -> c.CDLL | None:
         ("ew_start", c.c_char_p, (c.c_char_p, i)),
         ("ew_matrix_new", p, (i, i, i, i, p, p, p, i, i)),
         ("ew_matrix_free", None, (p,)),
+        ("ew_matrix_bytes", c.c_size_t, (p,)),
         ("ew_workspace_new", p, (p, i)),
         ("ew_workspace_free", None, (p,)),
-        ("ew_layers", None, (p, p, p, i, p, i, i, p)),
+        ("ew_layers", None, (p, p, p, i, p, i, i, i, p)),
         ("ew_head", None, (p, p, p, p, i, p, p, i)),
         ("ew_watch", i, (p, i)),
         ("ew_steps", c.c_char_p, ()),
@@ -131,7 +133,7 @@ class Watch:
 
     def __init__(self, library: c.CDLL) -> None:
         self._library = library
-        self._room = untouched(MOST_SPANS * c.sizeof(_Span) // 4)  # memory comes as it is written
+        self._room = untouched(np.uint8, MOST_SPANS * c.sizeof(_Span))  # memory comes as it is written
         library.ew_watch(self._room.ctypes.data, MOST_SPANS)
 
     def finish(self) -> Iterator[Watched]:
@@ -158,14 +160,16 @@ def watching() -> Iterator[Watch]:
 
 @dataclass
 class _Memory:
-    """Keys and values of every layer for one session, float32, in the layouts of native.h."""
+    """Keys and values of every layer for one session, bfloat16 as uint16, in the layouts of native.h."""
 
-    arrays: list[tuple[FloatArray, FloatArray]]
+    arrays: list[tuple[Array, Array]]
     entries: Any  # an array of _KV that points to them
 
 
 class NativeLM(LocalModel[_Memory]):
     """A bundle as a TokenModel on the native kernels. EngineError if `why_not` says so, or if memory is out."""
+
+    KV_BYTES = 2
 
     def __init__(self, bundle: Bundle, *, slots: int = DEFAULTS.slots, context: int | None = DEFAULTS.context) -> None:
         super().__init__(bundle, slots=slots, context=context)
@@ -173,6 +177,7 @@ class NativeLM(LocalModel[_Memory]):
         if reason is not None:
             raise EngineError(f"the native kernels cannot run {bundle.name}: {reason}", hint="use the onnx engine")
         self._weights = _Weights(bundle, self.context)
+        self.weight_bytes = self._weights.bytes  # that decoding one token reads
 
     @staticmethod
     def why_not(bundle: Bundle) -> str | None:
@@ -182,9 +187,11 @@ class NativeLM(LocalModel[_Memory]):
             return "the native kernels were not built for this machine"
         if bundle.manifest.quantization.get("activations") != "int8":
             return "its activations are not int8"
-        inputs, outputs = (card.hidden, card.ffn, card.heads * card.head_dim), (card.head_dim,)
-        if any(size % BLOCK for size in inputs) or any(size % COLUMNS for size in outputs):
-            return f"its sizes {inputs} and {outputs} are not multiples of {BLOCK} and {COLUMNS}"
+        sizes = (card.hidden, card.ffn, card.heads * card.head_dim)
+        if any(size % BLOCK for size in sizes):
+            return f"its sizes {sizes} are not multiples of {BLOCK}"
+        if card.head_dim % COLUMNS or card.head_dim > HEAD:
+            return f"its heads of {card.head_dim} are not multiples of {COLUMNS} up to {HEAD}"
         files = (bundle.manifest.graphs.head, *(block.file for block in bundle.manifest.graphs.blocks))
         found = (item for file in files for item in tensors(bundle, file).items())
         dense = next((name for name, values in found if name.endswith(".weight") and values.ndim == 2), None)
@@ -193,8 +200,8 @@ class NativeLM(LocalModel[_Memory]):
     def _new_kv(self) -> _Memory:
         return self._weights.new_kv()
 
-    def _hidden(self, kv: _Memory, position: int, ids: IdArray) -> FloatArray:
-        return self._weights.run(kv, position, ids)
+    def _hidden(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
+        return self._weights.run(kv, position, ids, want)
 
     def _project(self, hidden: FloatArray, out: FloatArray) -> None:
         self._weights.project(hidden, out)
@@ -211,6 +218,7 @@ class _Weights:
         library = _library()
         assert library is not None  # why_not was asked
         self._library = library
+        self.bytes = 0  # of packed matrices
         self._held: list[Array] = []  # what the C side points to
         self._freed: list[weakref.finalize[..., Any]] = []
         card = bundle.card
@@ -231,11 +239,11 @@ class _Weights:
 
     def new_kv(self) -> _Memory:
         card, shape = self._card, (self._card.kv_heads, self._capacity, self._card.head_dim)
-        arrays = [(untouched(*shape), untouched(*shape)) for _ in range(card.layers)]
+        arrays = [(untouched(np.uint16, *shape), untouched(np.uint16, *shape)) for _ in range(card.layers)]
         entries = (_KV * card.layers)(*(_KV(keys.ctypes.data, values.ctypes.data) for keys, values in arrays))
         return _Memory(arrays, entries)
 
-    def run(self, kv: _Memory, position: int, ids: IdArray) -> FloatArray:
+    def run(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
         hidden = self._embed.rows(ids).dense()
         if self._card.embedding_scale != 1:
             hidden *= np.float32(self._card.embedding_scale)
@@ -247,9 +255,10 @@ class _Weights:
             self._space,
             position,
             len(hidden),
+            want,
             hidden.ctypes.data,
         )
-        return hidden
+        return hidden[len(hidden) - want :]
 
     def project(self, hidden: FloatArray, out: FloatArray) -> None:
         card, padded = self._card, -(-self._card.vocab // COLUMNS) * COLUMNS
@@ -315,7 +324,9 @@ class _Weights:
             None if minima is None else minima.ctypes.data,
             *steps,
         )
-        return self._own(made, self._library.ew_matrix_free)
+        address = self._own(made, self._library.ew_matrix_free)
+        self.bytes += self._library.ew_matrix_bytes(address)
+        return address
 
     def _own(self, address: int | None, free: Callable[[int], None]) -> int:
         if address is None:

@@ -110,7 +110,8 @@ class _Blocks:
 
     def new_kv(self) -> _KV:
         shape = (1, self.card.kv_heads, self._capacity, self.card.head_dim)
-        return _KV([(_value(untouched(*shape)), _value(untouched(*shape))) for _ in self.layers])
+        layers = [[_value(untouched(np.float32, *shape)) for _ in range(2)] for _ in self.layers]
+        return _KV([(keys, values) for keys, values in layers])
 
     @property
     def entry(self) -> FloatArray:
@@ -148,6 +149,8 @@ class _Blocks:
 class OnnxLM(LocalModel[_KV]):
     """A bundle as a TokenModel on the CPU provider; see engines/local.py."""
 
+    KV_BYTES = 4
+
     def __init__(
         self,
         bundle: Bundle,
@@ -177,12 +180,12 @@ class OnnxLM(LocalModel[_KV]):
         """Rows to compute for that many."""
         return count + 1 if self.mode == "stable" and count % ROW_TILE == 1 else count
 
-    def _hidden(self, kv: _KV, position: int, ids: IdArray) -> FloatArray:
+    def _hidden(self, kv: _KV, position: int, ids: IdArray, want: int) -> FloatArray:
         rows = self._rows(len(ids))
         padded = np.resize(ids, rows)  # a padding row repeats an id; its KV lies beyond the length
         self._blocks.entry[:rows] = _call(self._embed, {"ids": padded})
         try:
-            return self._blocks.run(kv, position, rows)[: len(ids)]
+            return self._blocks.run(kv, position, rows)[len(ids) - want : len(ids)]
         except Exception as e:
             raise _mapped(e) from e
 

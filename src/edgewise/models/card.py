@@ -142,9 +142,9 @@ class Card:
         return heads[0] * self.head_dim, heads[1] * self.head_dim
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of float32 keys and values that one position takes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 4
+    def kv_values_per_token(self) -> int:
+        """Numbers that keys and values of one position are; their size is the runtime's affair."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
 
     def to_json(self) -> dict[str, Any]:
         """Fields that have their default are left out: readers of before a field take all models that do without it."""

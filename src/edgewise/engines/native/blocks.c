@@ -1,4 +1,4 @@
-/* Decoder layers and the head over packed matrices: what edgewise/engines/native_blocks.py calls.
+/* Decoder layers and the head over packed matrices: what edgewise/engines/native_lm.py calls.
 
    Nothing here checks shapes; the caller does. Functions that allocate return NULL or 0 when memory is out. */
 #include <cpuid.h>
@@ -32,10 +32,12 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 
+static int has_avx512bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 static const struct { /* best first */
     const ew_kernels *kernels;
     int (*there)(void);
-} all[] = {{&ew_kernels_avx512, has_avx512}, {&ew_kernels_avxvnni, has_avx_vnni}, {&ew_kernels_avx2, has_avx2}};
+} all[] = {{&ew_kernels_avx512bf16, has_avx512bf16}, {&ew_kernels_avx512, has_avx512}, {&ew_kernels_avxvnni, has_avx_vnni}, {&ew_kernels_avx2, has_avx2}};
 
 /* Choose the kernels (`name`, or the best this processor has for "") and start `wanted` threads. The name in use, NULL if none. */
 EXPORT const char *ew_start(const char *name, int wanted) {
@@ -129,6 +131,11 @@ EXPORT void ew_matrix_free(ew_matrix *w) {
     free(w->codes), free(w->scales), free(w->minima), free(w);
 }
 
+EXPORT size_t ew_matrix_bytes(const ew_matrix *w) {
+    const size_t padded = (size_t)(w->outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS;
+    return padded * w->inputs * w->bits / 8 + padded * (w->inputs / w->block) * w->factor_bytes * (w->minima ? 2 : 1);
+}
+
 EXPORT ew_matrix *ew_matrix_new(int outputs, int inputs, int bits, int block, const uint8_t *packed, const float *scales,
                                 const float *minima, int minima_row, int minima_block) {
     const size_t padded = (size_t)(outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS, factors = padded * (inputs / block);
@@ -193,24 +200,39 @@ static void product_tile(const product *p, int first, int count, int row, int ro
 
 static int groups_in(const product *p) { return p->up ? p->stride / EW_COLUMNS : groups_of(p->w); }
 
-/* Groups of an item: with few rows each is little work, and more of them go together. */
-static int groups_per_item(const product *p) {
-    const int shared = groups_in(p) / (ITEMS * threads);
-    return p->x->rows > kernels->tile || shared < GROUPS_AT_ONCE ? GROUPS_AT_ONCE : shared;
+/* Rows are worked on in tiles of about the same size: one of few rows costs nearly as much as a full one. */
+static int tiles_of(int rows) { return (rows + kernels->tile - 1) / kernels->tile; }
+static int tile_start(int rows, int tile) { return (int)((int64_t)rows * tile / tiles_of(rows)); }
+
+/* How a product is shared out: with few rows many groups go together, as each is little work; with many rows a group's are
+   shared too, so that the threads finish together. */
+typedef struct {
+    int groups, tiles; /* of an item */
+} share;
+
+static share share_of(const product *p) {
+    const int groups = groups_in(p), tiles = tiles_of(p->x->rows), fair = groups / (ITEMS * threads);
+    if (tiles > 1) return (share){GROUPS_AT_ONCE, (tiles + 3) / 4};
+    return (share){fair < GROUPS_AT_ONCE ? GROUPS_AT_ONCE : fair, 1};
 }
 
 static void product_item(void *context, int item, int thread) {
     (void)thread;
     const product *p = context;
-    const int size = groups_per_item(p), end = least((item + 1) * size, groups_in(p));
-    for (int first = item * size; first < end; first += GROUPS_AT_ONCE)
-        for (int row = 0; row < p->x->rows; row += kernels->tile)
-            product_tile(p, first, least(GROUPS_AT_ONCE, end - first), row, least(kernels->tile, p->x->rows - row));
+    const share s = share_of(p);
+    const int rows = p->x->rows, tiles = tiles_of(rows), parts = (tiles + s.tiles - 1) / s.tiles;
+    const int end = least((item / parts + 1) * s.groups, groups_in(p)), last = least((item % parts + 1) * s.tiles, tiles);
+    for (int first = item / parts * s.groups; first < end; first += GROUPS_AT_ONCE)
+        for (int t = item % parts * s.tiles; t < last; t++) {
+            const int row = tile_start(rows, t);
+            product_tile(p, first, least(GROUPS_AT_ONCE, end - first), row, tile_start(rows, t + 1) - row);
+        }
 }
 
 static void multiply(const product *p) {
-    const int size = groups_per_item(p);
-    ew_parallel((groups_in(p) + size - 1) / size, product_item, (void *)p);
+    const share s = share_of(p);
+    const int parts = (tiles_of(p->x->rows) + s.tiles - 1) / s.tiles;
+    ew_parallel((groups_in(p) + s.groups - 1) / s.groups * parts, product_item, (void *)p);
 }
 
 /* ---- one layer ---- */
@@ -221,12 +243,14 @@ typedef struct {
     const ew_kv *kv;
     int number, position, rows; /* number of the layer, -1 for the head */
     float *x;                     /* [rows][hidden], the residual stream */
+    const float *queries;         /* [rows][queries, keys and values], in `wide` */
     float *wide, *mixed;          /* [rows][widest row between matrices], [rows][heads * head_dim] */
     int places, spans;            /* room for that many tiles of that many spans each */
     ew_part *parts;               /* [places][spans][tile] */
     float *mixes;                 /* [places][spans][tile][head_dim] */
     ew_activations a;
-    const float *weight; /* of the norm that a tile of rows passes on its way to int8; NULL: none */
+    const float *weight; /* of the norm that rows pass on their way to int8, or back into x; NULL: none */
+    const float *bias;   /* what rows get on their way back into x; NULL: nothing */
     const float *source; /* rows of a.inputs floats */
     float *normed;       /* [rows][hidden] */
 } pass;
@@ -272,7 +296,7 @@ EXPORT ew_workspace *ew_workspace_new(const ew_card *c, int rows) {
 static void quantize_tile(void *context, int tile, int thread) {
     (void)thread;
     const pass *p = context;
-    const int first = tile * kernels->tile, rows = least(kernels->tile, p->rows - first), inputs = p->a.inputs;
+    const int first = tile_start(p->rows, tile), rows = tile_start(p->rows, tile + 1) - first, inputs = p->a.inputs;
     int8_t *codes = p->a.codes + (size_t)first * inputs;
     ew_factor *factors = p->a.factors + (size_t)first * (inputs / EW_BLOCK);
     for (int m = 0; m < rows; m++) {
@@ -287,10 +311,10 @@ static void quantize_tile(void *context, int tile, int thread) {
 static void quantize(pass *p, const float *source, int inputs, const float *weight) {
     p->source = source, p->weight = weight;
     p->a = (ew_activations){p->rows, inputs, p->a.codes, p->a.factors};
-    ew_parallel((p->rows + kernels->tile - 1) / kernels->tile, quantize_tile, p);
+    ew_parallel(tiles_of(p->rows), quantize_tile, p);
 }
 
-static void rotate(float *x, const float *cos, const float *sin, int half) {
+static void rotate(float *restrict x, const float *restrict cos, const float *restrict sin, int half) {
     for (int i = 0; i < half; i++) {
         const float a = x[i], b = x[i + half];
         x[i] = a * cos[i] - b * sin[i];
@@ -310,23 +334,40 @@ static void turn_heads(const pass *p, float *heads, int count, int position, con
     }
 }
 
+static uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 /* Bias, norms and rotation of one row's queries, keys and values; keys and values go to their places. */
-static void place_row(void *context, int row, int thread) {
-    (void)thread;
-    const pass *p = context;
+static void place_row(const pass *p, int row) {
     const ew_card *c = p->card;
     const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, at = p->position + row;
     float *queries = p->wide + (size_t)row * (q + 2 * kv), *keys = queries + q, *values = keys + kv;
     if (p->layer->qkv_bias) add(queries, p->layer->qkv_bias, q + 2 * kv);
     turn_heads(p, queries, c->heads, at, p->layer->q_norm);
     turn_heads(p, keys, c->kv_heads, at, p->layer->k_norm);
-    for (int h = 0; h < c->kv_heads; h++) {
+    for (int h = 0; h < c->kv_heads; h++, keys += c->head_dim, values += c->head_dim) {
         const size_t head = (size_t)h * c->capacity * c->head_dim;
-        float *k = p->kv->keys + head + (size_t)(at / 16) * 16 * c->head_dim + at % 16;
-        for (int d = 0; d < c->head_dim; d++) k[16 * d] = keys[h * c->head_dim + d];
-        memcpy(p->kv->values + head + (size_t)at * c->head_dim, values + h * c->head_dim, c->head_dim * 4);
+        uint16_t *k = p->kv->keys + head + (size_t)(at / 16) * 16 * c->head_dim + at % 16 * 2;
+        uint16_t *v = p->kv->values + head + (size_t)(at / 2) * 2 * c->head_dim + at % 2;
+        for (int d = 0; d < c->head_dim; d++) k[d / 2 * 32 + d % 2] = to_bfloat16(keys[d]);
+        for (int d = 0; d < c->head_dim; d++) v[2 * d] = to_bfloat16(values[d]);
+        if (at % 2 == 0) /* the next position weighs 0 until it is written, which makes 0 only of finite numbers */
+            for (int d = 0; d < c->head_dim; d++) v[2 * d + 1] = 0;
     }
 }
+
+/* The rows whose keys share cache lines, by one thread. */
+static void place_sixteen(void *context, int item, int thread) {
+    (void)thread;
+    const pass *p = context;
+    const int first = (p->position / 16 + item) * 16 - p->position;
+    for (int row = first > 0 ? first : 0; row < least(first + 16, p->rows); row++) place_row(p, row);
+}
+
+static void place(pass *p) { ew_parallel((p->position + p->rows - 1) / 16 - p->position / 16 + 1, place_sixteen, p); }
 
 /* Queries are numbered kv head by kv head, row by row, head by head; a tile of them has one kv head's. */
 static int tiles_per_kv_head(const pass *p) {
@@ -348,7 +389,7 @@ static tile tile_of(const pass *p, int number) {
     tile t = {.queries = least(kernels->tile, p->rows * share - first), .kv_head = number / tiles};
     for (int i = 0; i < t.queries; i++) {
         const int row = (first + i) / share, head = t.kv_head * share + (first + i) % share;
-        t.q[i] = p->wide + (size_t)row * stride + head * c->head_dim;
+        t.q[i] = p->queries + (size_t)row * stride + head * c->head_dim;
         t.out[i] = p->mixed + (size_t)row * q_size + head * c->head_dim;
         t.end[i] = p->position + row + 1;
         t.begin[i] = p->layer->window && t.end[i] > p->layer->window ? t.end[i] - p->layer->window : 0;
@@ -407,16 +448,24 @@ static void attend(pass *p) {
     }
 }
 
-/* x += scale * norm(part + bias), row by row. */
-static void join(const pass *p, float *part, const float *bias, const float *weight) {
+/* x += scale * norm(part + bias), `part` in p->wide. */
+static void join_row(const pass *p, int row) {
     const int size = p->card->hidden;
-    const float scale = p->card->residual_scale;
-    for (int row = 0; row < p->rows; row++, part += size) {
-        float *x = p->x + (size_t)row * size;
-        if (bias) add(part, bias, size);
-        if (weight) kernels->norm(part, weight, p->card->norm_eps, size, part);
-        for (int i = 0; i < size; i++) x[i] += scale * part[i];
-    }
+    float *part = p->wide + (size_t)row * size;
+    if (p->bias) add(part, p->bias, size);
+    if (p->weight) kernels->norm(part, p->weight, p->card->norm_eps, size, part);
+    kernels->join(p->x + (size_t)row * size, part, p->card->residual_scale, size);
+}
+
+static void join_tile(void *context, int tile, int thread) {
+    (void)thread;
+    const pass *p = context;
+    for (int row = tile_start(p->rows, tile); row < tile_start(p->rows, tile + 1); row++) join_row(p, row);
+}
+
+static void join(pass *p, const float *bias, const float *weight) {
+    p->bias = bias, p->weight = weight;
+    ew_parallel(tiles_of(p->rows), join_tile, p);
 }
 
 static void multiply_into(const pass *p, const ew_matrix *w, float *out, int stride) {
@@ -483,16 +532,29 @@ static void product_of_gate_and_up(pass *p) {
                         .up_bias = l->gate_up_bias ? l->gate_up_bias + ffn : NULL});
 }
 
+/* Go on with the last `wanted` rows. */
+static void keep(pass *p, int wanted) {
+    const ew_card *c = p->card;
+    const int less = p->rows - wanted;
+    p->queries += (size_t)less * (c->heads + 2 * c->kv_heads) * c->head_dim;
+    p->x += (size_t)less * c->hidden;
+    p->position += less, p->rows = wanted;
+}
+
+static void remember(pass *p) {
+    STEP(norm, quantize(p, p->x, p->card->hidden, p->layer->attention_norm));
+    STEP(qkv, products_of_qkv(p));
+    STEP(place, place(p));
+    p->queries = p->wide;
+}
+
 static void attention(pass *p) {
     const ew_card *c = p->card;
     const ew_layer *l = p->layer;
-    STEP(norm, quantize(p, p->x, c->hidden, l->attention_norm));
-    STEP(qkv, products_of_qkv(p));
-    STEP(place, ew_parallel(p->rows, place_row, p));
     STEP(attend, attend(p));
     STEP(round, quantize(p, p->mixed, c->heads * c->head_dim, NULL));
     STEP(o, multiply_into(p, l->o, p->wide, c->hidden));
-    STEP(add, join(p, p->wide, l->o_bias, l->attention_post_norm));
+    STEP(add, join(p, l->o_bias, l->attention_post_norm));
 }
 
 static void feed_forward(pass *p) {
@@ -502,17 +564,21 @@ static void feed_forward(pass *p) {
     STEP(gate_up, product_of_gate_and_up(p));
     STEP(ffn_round, quantize(p, p->wide, c->ffn, NULL));
     STEP(down, multiply_into(p, l->down, p->wide, c->hidden));
-    STEP(ffn_add, join(p, p->wide, l->down_bias, l->ffn_post_norm));
+    STEP(ffn_add, join(p, l->down_bias, l->ffn_post_norm));
 }
 
-/* Run rows of `x` [rows][hidden] at `position` through the layers, in place. */
+/* Run rows of `x` [rows][hidden] at `position` through the layers, in place. The last layer gives the last `wanted` rows
+   only; what stands in the others then is undefined. */
 EXPORT void ew_layers(const ew_card *card, const ew_layer *layers, const ew_kv *kv, int count, ew_workspace *s, int position,
-                     int rows, float *x) {
+                     int rows, int wanted, float *x) {
     pass p = {.card = card, .position = position, .rows = rows, .x = x, .wide = s->wide, .mixed = s->mixed, .normed = s->normed,
               .a = {.codes = s->codes, .factors = s->factors}};
     p.places = s->places, p.spans = s->spans, p.parts = s->parts, p.mixes = s->mixes;
     for (int i = 0; i < count; i++) {
         p.layer = layers + i, p.kv = kv + i, p.number = i;
+        remember(&p);
+        if (i == count - 1) keep(&p, wanted);
+        if (!p.rows) return;
         attention(&p);
         feed_forward(&p);
     }

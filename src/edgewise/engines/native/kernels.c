@@ -18,31 +18,64 @@ typedef int32_t ivec __attribute__((vector_size(4 * EW_LANES), aligned(4)));
 INLINE vec splat(float x) { return x - (vec){}; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
-INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
-INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
-INLINE vec smaller(vec a, vec b) { return choose(a < b, a, b); }
 
+#if EW_LANES == 16
+#define AS(v) ((__m512)(v))
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps(AS(a), AS(b)); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps(AS(a), AS(b)); }
+INLINE vec magnitude(vec v) { return (vec)_mm512_abs_ps(AS(v)); }
+INLINE ivec nearest(vec v) { return (ivec)_mm512_cvtps_epi32(AS(v)); }
+INLINE float sum_of(vec v) { return _mm512_reduce_add_ps(AS(v)); }
+INLINE float largest_of(vec v) { return _mm512_reduce_max_ps(AS(v)); }
+/* 32 floats times `by`, each rounded to the nearest code; they fit. */
+INLINE __m256i codes_of(const float *x, float by) {
+    return _mm256_set_m128i(_mm512_cvtepi32_epi8((__m512i)nearest(load(x + 16) * by)),
+                            _mm512_cvtepi32_epi8((__m512i)nearest(load(x) * by)));
+}
+INLINE vec halves(const uint16_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+/* v where begin <= lane < end, else -infinity. */
+INLINE vec within(vec v, int begin, int end) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 in = _mm512_cmp_epi32_mask(lane, _mm512_set1_epi32(begin), _MM_CMPINT_NLT) &
+                         _mm512_cmp_epi32_mask(lane, _mm512_set1_epi32(end), _MM_CMPINT_LT);
+    return (vec)_mm512_mask_blend_ps(in, AS(splat(-INFINITY)), AS(v));
+}
+#else
+#define AS(v) ((__m256)(v))
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps(AS(a), AS(b)); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps(AS(a), AS(b)); }
+INLINE vec magnitude(vec v) { return (vec)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), AS(v)); }
+INLINE ivec nearest(vec v) { return (ivec)_mm256_cvtps_epi32(AS(v)); }
 INLINE float sum_of(vec v) {
-    float s[EW_LANES];
-    store(s, v);
-    for (int width = EW_LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) s[i] += s[i + width];
-    return s[0];
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(AS(v)), _mm256_extractf128_ps(AS(v), 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-
 INLINE float largest_of(vec v) {
-    float s[EW_LANES], largest = -INFINITY;
-    store(s, v);
-    for (int i = 0; i < EW_LANES; i++) largest = s[i] > largest ? s[i] : largest;
-    return largest;
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(AS(v)), _mm256_extractf128_ps(AS(v), 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+INLINE __m256i codes_of(const float *x, float by) {
+    __m256i words[2];
+    for (int i = 0; i < 2; i++)
+        words[i] = _mm256_packs_epi32((__m256i)nearest(load(x + 16 * i) * by), (__m256i)nearest(load(x + 16 * i + 8) * by));
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words[0], words[1]), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+INLINE vec halves(const uint16_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vec within(vec v, int begin, int end) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                                           _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+    return (vec)_mm256_blendv_ps(AS(splat(-INFINITY)), AS(v), _mm256_castsi256_ps(in));
+}
+#endif
 
 /* e^x for -87 <= x <= 88, relative error below 2e-7: x = n ln 2 + r, a polynomial in r, n into the exponent. */
 INLINE vec exponential(vec x) {
     x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
-    vec n = x * 1.44269504f;
-    ivec whole = __builtin_convertvector(n + choose(n < 0.0f, splat(-0.5f), splat(0.5f)), ivec);
-    n = __builtin_convertvector(whole, vec);
+    const ivec whole = nearest(x * 1.44269504f);
+    const vec n = __builtin_convertvector(whole, vec);
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -133,13 +166,7 @@ INLINE vec as_floats(dots a) {
 
 /* EW_LANES scales or minima, from number `at` on. */
 INLINE vec factors_at(const void *from, int bytes, size_t at) {
-    const uint16_t *halves = (const uint16_t *)from + at;
-    if (bytes == 4) return load((const float *)from + at);
-#if EW_LANES == 16
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
-#else
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)halves));
-#endif
+    return bytes == 4 ? load((const float *)from + at) : halves((const uint16_t *)from + at);
 }
 
 /* EW_LANES outputs, from `lane` of group g on, for the `rows` rows of one tile. */
@@ -199,21 +226,26 @@ static void matmul(const ew_matrix *w, int first, int count, int rows, const int
 #undef CASE
 }
 
+/* The sums of 16 codes and the next 16. */
+INLINE void sum_codes(__m256i codes, int *sums) {
+    __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), codes), _mm256_set1_epi16(1));
+    s = _mm256_hadd_epi32(s, s);
+    s = _mm256_hadd_epi32(s, s);
+    sums[0] = _mm256_extract_epi32(s, 0), sums[1] = _mm256_extract_epi32(s, 4);
+}
+
 /* Round row `row` of a tile of `rows` rows to int8, 32 inputs at a time: code = round(x * 127 / largest). */
 static void quantize(const float *x, int inputs, int rows, int row, int8_t *codes, ew_factor *factors) {
-    for (int b = 0; b < inputs / EW_BLOCK; b++, x += EW_BLOCK) {
-        vec sizes = splat(0);
-        for (int i = 0; i < EW_BLOCK; i += EW_LANES) sizes = larger(sizes, larger(load(x + i), -load(x + i)));
-        const float largest = largest_of(sizes), scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
-        int8_t *to = codes + ((size_t)b * rows + row) * EW_BLOCK;
-        int sums[2] = {0, 0};
-        for (int i = 0; i < EW_BLOCK; i += EW_LANES) {
-            vec v = load(x + i) * inverse;
-            ivec whole = __builtin_convertvector(v + choose(v < 0.0f, splat(-0.5f), splat(0.5f)), ivec);
-            for (int n = 0; n < EW_LANES; n++) sums[i / 16] += whole[n], to[i + n] = (int8_t)whole[n];
-        }
-        factors[(size_t)b * rows + row] =
-            (ew_factor){scale, scale * (sums[0] + sums[1]), {scale * sums[0], scale * sums[1]}};
+    codes += row * EW_BLOCK, factors += row;
+    for (int b = 0; b < inputs / EW_BLOCK; b++, x += EW_BLOCK, codes += rows * EW_BLOCK, factors += rows) {
+        vec sizes = magnitude(load(x));
+        UNROLL for (int i = EW_LANES; i < EW_BLOCK; i += EW_LANES) sizes = larger(sizes, magnitude(load(x + i)));
+        const float largest = largest_of(sizes), scale = largest / 127;
+        const __m256i rounded = codes_of(x, largest > 0 ? 127 / largest : 0);
+        int sums[2];
+        sum_codes(rounded, sums);
+        _mm256_storeu_si256((__m256i *)codes, rounded);
+        *factors = (ew_factor){scale, scale * (sums[0] + sums[1]), {scale * sums[0], scale * sums[1]}};
     }
 }
 
@@ -227,6 +259,11 @@ static void norm(const float *x, const float *weight, float eps, int size, float
     for (int i = 0; i < size; i += EW_LANES) store(out + i, load(x + i) * factor * load(weight + i));
 }
 
+/* x += scale * part */
+static void join(float *x, const float *part, float scale, int size) {
+    for (int i = 0; i < size; i += EW_LANES) store(x + i, load(x + i) + scale * load(part + i));
+}
+
 static void gate(const float *gate, const float *up, int gelu, int size, float *out) {
     for (int i = 0; i < size; i += EW_LANES) {
         vec g = load(gate + i);
@@ -236,66 +273,100 @@ static void gate(const float *gate, const float *up, int gelu, int size, float *
     }
 }
 
-/* ---- attention ---- */
+/* ---- attention ----
+   Keys and values are pairs of bfloat16: two dimensions of a key, two positions of a value. An operand is what a query has
+   for such a pair. */
+
+#if defined(__AVX512BF16__)
+
+typedef __m512bh pairs;
+typedef uint32_t operand;
+INLINE pairs load_pairs(const uint16_t *p) { return (pairs)_mm512_loadu_si512(p); }
+INLINE vec add_pairs(vec sum, pairs a, operand x) {
+    return (vec)_mm512_dpbf16_ps(AS(sum), a, (pairs)_mm512_set1_epi32((int)x));
+}
+/* EW_LANES numbers as half as many operands; gives them as they are now. */
+INLINE vec store_operands(operand *to, vec x) {
+    const __m256i halves = (__m256i)_mm512_cvtneps_pbh(AS(x));
+    _mm256_storeu_si256((__m256i *)to, halves);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+
+#else
+
+typedef struct {
+    vec first, second;
+} pairs;
+typedef struct {
+    float first, second;
+} operand;
+INLINE pairs load_pairs(const uint16_t *p) {
+    const ivec both = *(const ivec *)p;
+    return (pairs){(vec)(both << 16), (vec)(both & (int)0xffff0000)};
+}
+INLINE vec add_pairs(vec sum, pairs a, operand x) {
+    sum += a.first * x.first;
+    return sum + a.second * x.second;
+}
+INLINE vec store_operands(operand *to, vec x) {
+    store(&to->first, x);
+    return x;
+}
+
+#endif
 
 /* Vectors that each query works on at once. Few queries take several, so that enough sums are under way to hide the latency
    of an addition. */
 INLINE int at_once(int queries) { return queries <= 3 ? 4 : queries <= 6 ? 2 : 1; }
 
-/* Scaled scores of the queries for the 16 keys of each of `count` groups, lanes `lane` on, unmasked. */
-INLINE void score(const ew_attention *a, const float *keys, const int count, const int queries, const float *const *q,
-                  float *scores, int stride) {
+/* Scores of the queries, q [queries][EW_HEAD_DIM / 2], for `count` vectors of keys, unmasked. */
+INLINE void score(const ew_attention *a, const uint16_t *keys, const int count, const int queries, const operand *q,
+                  float *scores) {
     vec sum[EW_TILE][4];
     UNROLL for (int i = 0; i < queries; i++) UNROLL for (int g = 0; g < count; g++) sum[i][g] = splat(0);
-    for (int d = 0; d < a->head_dim; d++) {
+    for (int d = 0; d < a->head_dim / 2; d++) {
         UNROLL for (int g = 0; g < count; g++) {
             const int at = g * EW_LANES;
-            vec k = load(keys + (size_t)(at / 16) * 16 * a->head_dim + 16 * d + at % 16);
-            UNROLL for (int i = 0; i < queries; i++) sum[i][g] += k * q[i][d];
+            const pairs k = load_pairs(keys + (size_t)(at / 16) * 16 * a->head_dim + 2 * (16 * d + at % 16));
+            UNROLL for (int i = 0; i < queries; i++) sum[i][g] = add_pairs(sum[i][g], k, q[i * (EW_HEAD_DIM / 2) + d]);
         }
     }
     UNROLL for (int i = 0; i < queries; i++)
         UNROLL for (int g = 0; g < count; g++) {
-            vec s = sum[i][g] * a->scale;
+            vec s = sum[i][g];
             if (a->cap > 0) s = a->cap * hyperbolic_tangent(s / a->cap);
-            store(scores + (size_t)i * stride + g * EW_LANES, s);
+            store(scores + i * EW_SPAN + g * EW_LANES, s);
         }
 }
 
-/* Numbers at .. at + width * EW_LANES - 1 of the values, weighted; out [queries][head_dim]. */
-INLINE void mix(const ew_attention *a, const int queries, const int width, int at, const float *weights, float *out) {
+/* Numbers at .. at + width * EW_LANES - 1 of the values, weighted; weights [queries][EW_SPAN / 2], out [queries][head_dim]. */
+INLINE void mix(const ew_attention *a, const int queries, const int width, int at, const operand *weights, float *out) {
     vec sum[EW_TILE][4];
     UNROLL for (int i = 0; i < queries; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] = splat(0);
-    const float *values = a->values + (size_t)a->first * a->head_dim + at;
-    for (int key = 0; key < a->end - a->first; key++, values += a->head_dim) {
-        vec part[4];
-        UNROLL for (int v = 0; v < width; v++) part[v] = load(values + EW_LANES * v);
-        UNROLL for (int i = 0; i < queries; i++) {
-            const float p = weights[i * EW_SPAN + key];
-            UNROLL for (int v = 0; v < width; v++) sum[i][v] += part[v] * p;
+    const uint16_t *values = a->values + (size_t)a->first * a->head_dim + 2 * at;
+    for (int key = 0; key < (a->end - a->first + 1) / 2; key++, values += 2 * a->head_dim) {
+        UNROLL for (int v = 0; v < width; v++) {
+            const pairs both = load_pairs(values + 2 * EW_LANES * v);
+            UNROLL for (int i = 0; i < queries; i++) sum[i][v] = add_pairs(sum[i][v], both, weights[i * (EW_SPAN / 2) + key]);
         }
     }
     UNROLL for (int i = 0; i < queries; i++)
         UNROLL for (int v = 0; v < width; v++) store(out + i * a->head_dim + at + EW_LANES * v, sum[i][v]);
 }
 
-/* One query's scores of `count` keys from `first` on into weights; keys outside begin .. end - 1 weigh 0. */
-INLINE ew_part weigh(float *scores, int first, int count, int begin, int end) {
-    ivec lane;
-    for (int i = 0; i < EW_LANES; i++) lane[i] = i;
+/* One query's weights of `count` keys from `first` on out of their scores; keys outside begin .. end - 1 weigh 0. */
+INLINE ew_part weigh(float *scores, int first, int count, int begin, int end, operand *weights) {
     vec peak = splat(-INFINITY), total = splat(0);
+    begin -= first, end -= first;
     for (int i = 0; i < count; i += EW_LANES) {
-        ivec key = lane + (first + i);
-        vec s = choose((key >= begin) & (key < end), load(scores + i), splat(-INFINITY));
-        store(scores + i, s);
-        peak = larger(peak, s);
+        if (i < begin || i + EW_LANES > end) store(scores + i, within(load(scores + i), begin - i, end - i));
+        peak = larger(peak, load(scores + i));
     }
     const float highest = largest_of(peak);
     for (int i = 0; i < count; i += EW_LANES) {
-        vec s = load(scores + i);
-        vec p = choose(s == -INFINITY, splat(0), exponential(s - highest));
-        store(scores + i, p);
-        total += p;
+        vec p = exponential(load(scores + i) - highest);
+        if (i < begin || i + EW_LANES > end) p = larger(within(p, begin - i, end - i), splat(0));
+        total += store_operands(weights + i / 2, p);
     }
     return (ew_part){highest, sum_of(total)};
 }
@@ -303,18 +374,23 @@ INLINE ew_part weigh(float *scores, int first, int count, int begin, int end) {
 INLINE void attend_n(const ew_attention *a, const int queries, const float *const *q, const int *begin, const int *end,
                      ew_part *parts, float *out) {
     float scores[EW_TILE * EW_SPAN];
+    operand weights[EW_TILE * EW_SPAN / 2], scaled[EW_TILE * EW_HEAD_DIM / 2];
     const int keys = (a->end - a->first + 15) / 16 * 16, several = at_once(queries), wide = several * EW_LANES;
     const int step = wide > 16 ? wide : 16;
-    const float *from = a->keys + (size_t)a->first * a->head_dim;
+    const uint16_t *from = a->keys + (size_t)a->first * a->head_dim;
     int key = 0, at = 0;
+    for (int i = 0; i < queries; i++)
+        for (int d = 0; d < a->head_dim; d += EW_LANES)
+            store_operands(scaled + (i * EW_HEAD_DIM + d) / 2, load(q[i] + d) * a->scale);
     for (; key + step <= keys; key += step)
         for (int part = 0; part < step; part += wide)
-            score(a, from + (size_t)key * a->head_dim + part, several, queries, q, scores + key + part, EW_SPAN);
+            score(a, from + (size_t)key * a->head_dim + 2 * part, several, queries, scaled, scores + key + part);
     for (; key < keys; key += EW_LANES)
-        score(a, from + (size_t)(key / 16) * 16 * a->head_dim + key % 16, 1, queries, q, scores + key, EW_SPAN);
-    for (int i = 0; i < queries; i++) parts[i] = weigh(scores + i * EW_SPAN, a->first, keys, begin[i], end[i]);
-    for (; at + wide <= a->head_dim; at += wide) mix(a, queries, several, at, scores, out);
-    for (; at < a->head_dim; at += EW_LANES) mix(a, queries, 1, at, scores, out);
+        score(a, from + (size_t)(key / 16) * 16 * a->head_dim + 2 * (key % 16), 1, queries, scaled, scores + key);
+    for (int i = 0; i < queries; i++)
+        parts[i] = weigh(scores + i * EW_SPAN, a->first, keys, begin[i], end[i], weights + i * EW_SPAN / 2);
+    for (; at + wide <= a->head_dim; at += wide) mix(a, queries, several, at, weights, out);
+    for (; at < a->head_dim; at += EW_LANES) mix(a, queries, 1, at, weights, out);
 }
 
 /* One part of attention: `queries` queries of one kv head, query i over the positions begin[i] .. end[i] - 1 that lie in
@@ -348,4 +424,4 @@ static void combine(int spans, const ew_part *parts, const float *mixed, int str
     for (int i = 0; i < head_dim; i += EW_LANES) store(out + i, load(out + i) / total);
 }
 
-const ew_kernels EW_KERNELS = {EW_NAME, EW_TILE, matmul, quantize, norm, gate, attend, combine};
+const ew_kernels EW_KERNELS = {EW_NAME, EW_TILE, matmul, quantize, norm, join, gate, attend, combine};

@@ -6,6 +6,7 @@
 
 #define EW_COLUMNS 16 /* outputs that one vector of a packed matrix holds */
 #define EW_BLOCK 32   /* inputs that one scale of quantized activations covers */
+#define EW_HEAD_DIM 256 /* the largest head that kernels take; heads are multiples of 16 */
 #define EW_TILES 12   /* most rows of activations, and most queries, that any kernels work on at once */
 
 /* A quantized matrix [outputs, inputs], packed for kernels that compute EW_COLUMNS outputs at once.
@@ -21,7 +22,7 @@ typedef struct {
     void *scales, *minima;
 } ew_matrix;
 
-/* Activations rounded to int8 with one scale per 32 inputs, in tiles of up to ew_kernels.tile rows.
+/* Activations rounded to int8 with one scale per 32 inputs, in tiles of at most ew_kernels.tile rows, all about as many.
    codes: per tile [inputs / 32][rows of the tile][32]; factors: per tile [inputs / 32][rows of the tile] of ew_factor. */
 typedef struct {
     float scale;     /* of the block */
@@ -35,9 +36,10 @@ typedef struct {
     ew_factor *factors;
 } ew_activations;
 
-/* Keys and values of one layer and session: keys [kv_heads][capacity / 16][head_dim][16], values [kv_heads][capacity][head_dim]. */
+/* Keys and values of one layer and session, bfloat16: keys [kv_heads][capacity / 16][head_dim / 2][16 positions][2
+   dimensions], values [kv_heads][capacity / 2][head_dim][2 positions]. */
 typedef struct {
-    float *keys, *values;
+    uint16_t *keys, *values;
 } ew_kv;
 
 /* One decoder layer. Matrices that were fused stand in the first place, with NULL behind them. A missing vector is NULL. */
@@ -63,7 +65,7 @@ typedef struct {
 #define EW_SPAN 256
 
 typedef struct {
-    const float *keys, *values; /* of one kv head */
+    const uint16_t *keys, *values; /* of one kv head */
     int head_dim, first, end;   /* positions of this part, within one span; first is a multiple of 16 */
     float scale, cap;
 } ew_attention;
@@ -86,13 +88,14 @@ typedef struct {
                    float *out, int out_stride);
     void (*quantize)(const float *x, int inputs, int rows, int row, int8_t *codes, ew_factor *factors);
     void (*norm)(const float *x, const float *weight, float eps, int size, float *out);
+    void (*join)(float *x, const float *part, float scale, int size);
     void (*gate)(const float *gate, const float *up, int gelu, int size, float *out);
     void (*attend)(const ew_attention *a, int queries, const float *const *q, const int *begin, const int *end, ew_part *parts,
                    float *out);
     void (*combine)(int spans, const ew_part *parts, const float *mixed, int stride, int head_dim, float *out);
 } ew_kernels;
 
-extern const ew_kernels ew_kernels_avx512, ew_kernels_avxvnni, ew_kernels_avx2;
+extern const ew_kernels ew_kernels_avx512bf16, ew_kernels_avx512, ew_kernels_avxvnni, ew_kernels_avx2;
 
 /* Threads. ew_parallel calls f(context, i, thread) once for each i < items, on the caller's thread (number 0) and the
    pool's (1 .. threads - 1). ew_pool_start gives the number of threads there are; it never ends one. */
