@@ -81,9 +81,8 @@ def read_bytes_per_token(bundle: Bundle) -> dict[str, int]:
 
 def _stored_weights(bundle: Bundle) -> int:
     onnx = importlib.import_module("onnx")
-    graphs = bundle.manifest.graphs
     stored: dict[tuple[str, int], int] = {}
-    for file in (graphs.head, *(block.file for block in graphs.blocks)):
+    for file in bundle.manifest.graphs.layers_and_head:
         for weight in onnx.load_model(bundle.file(file), load_external_data=False).graph.initializer:
             place = {entry.key: entry.value for entry in weight.external_data}
             if place:

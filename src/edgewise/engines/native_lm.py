@@ -173,29 +173,21 @@ class NativeLM(LocalModel[_Memory]):
 
     def __init__(self, bundle: Bundle, *, slots: int = DEFAULTS.slots, context: int | None = DEFAULTS.context) -> None:
         super().__init__(bundle, slots=slots, context=context)
-        reason = self.why_not(bundle)
+        reason = _unfit(bundle)
         if reason is not None:
-            raise EngineError(f"the native kernels cannot run {bundle.name}: {reason}", hint="use the onnx engine")
+            raise _cannot(bundle, reason)
         self._weights = _Weights(bundle, self.context)
         self.weight_bytes = self._weights.bytes  # that decoding one token reads
 
     @staticmethod
     def why_not(bundle: Bundle) -> str | None:
         """Why these kernels cannot run the bundle; None if they can."""
-        card = bundle.card
-        if probe() is None:
-            return "the native kernels were not built for this machine"
-        if bundle.manifest.quantization.get("activations") != "int8":
-            return "its activations are not int8"
-        sizes = (card.hidden, card.ffn, card.heads * card.head_dim)
-        if any(size % BLOCK for size in sizes):
-            return f"its sizes {sizes} are not multiples of {BLOCK}"
-        if card.head_dim % COLUMNS or card.head_dim > HEAD:
-            return f"its heads of {card.head_dim} are not multiples of {COLUMNS} up to {HEAD}"
-        files = (bundle.manifest.graphs.head, *(block.file for block in bundle.manifest.graphs.blocks))
-        found = (item for file in files for item in tensors(bundle, file).items())
-        dense = next((name for name, values in found if name.endswith(".weight") and values.ndim == 2), None)
-        return f"{dense} is not quantized" if dense else None
+        reason = _unfit(bundle)
+        for graph in bundle.manifest.graphs.layers_and_head:
+            for name, values in tensors(bundle, graph).items():
+                if name.endswith(".weight") and values.ndim == 2:
+                    reason = reason or _not_quantized(name.removesuffix(".weight"))
+        return reason
 
     def _new_kv(self) -> _Memory:
         return self._weights.new_kv()
@@ -217,7 +209,7 @@ class _Weights:
     def __init__(self, bundle: Bundle, context: int) -> None:
         library = _library()
         assert library is not None  # why_not was asked
-        self._library = library
+        self._library, self._bundle = library, bundle
         self.bytes = 0  # of packed matrices
         self._held: list[Array] = []  # what the C side points to
         self._freed: list[weakref.finalize[..., Any]] = []
@@ -311,7 +303,8 @@ class _Weights:
     def _pack(self, found: Mapping[str, Array], name: str, inputs: int) -> int:
         """The address of the matrix in the kernels' own layout."""
         matrix = _matrix(found, name, inputs)
-        assert isinstance(matrix, Quantized)  # why_not looked
+        if not isinstance(matrix, Quantized):
+            raise _cannot(self._bundle, _not_quantized(name))
         packed, scales = np.ascontiguousarray(matrix.packed), np.ascontiguousarray(matrix.scales)
         minima = matrix.minima
         steps = (0, 0) if minima is None else (minima.strides[0] // 4, minima.strides[1] // 4)
@@ -338,6 +331,29 @@ class _Weights:
         held = np.array(values, dtype=np.float32)  # a copy: views of a file may lie anywhere
         self._held.append(held)
         return held
+
+
+def _unfit(bundle: Bundle) -> str | None:
+    """Why the kernels cannot run it, as far as its manifest tells."""
+    card = bundle.card
+    if probe() is None:
+        return "the native kernels were not built for this machine"
+    if bundle.manifest.quantization.get("activations") != "int8":
+        return "its activations are not int8"
+    sizes = (card.hidden, card.ffn, card.heads * card.head_dim)
+    if any(size % BLOCK for size in sizes):
+        return f"its sizes {sizes} are not multiples of {BLOCK}"
+    if card.head_dim % COLUMNS or card.head_dim > HEAD:
+        return f"its heads of {card.head_dim} are not multiples of {COLUMNS} up to {HEAD}"
+    return None
+
+
+def _not_quantized(name: str) -> str:
+    return f"{name} is not quantized"
+
+
+def _cannot(bundle: Bundle, reason: str) -> EngineError:
+    return EngineError(f"the native kernels cannot run {bundle.name}: {reason}", hint="use the onnx engine")
 
 
 def _numbers(card: Card, capacity: int) -> _Card:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -16,6 +17,7 @@ from edgewise.models.card import Card
 FORMAT: Final = 1
 MANIFEST: Final = "edgewise.json"
 MANIFEST_LIMIT: Final = 8 << 20
+HASHERS = 4  # threads
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -38,6 +40,11 @@ class Graphs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embed: str
     blocks: tuple[BlockEntry, ...]
     head: str
+
+    @property
+    def layers_and_head(self) -> tuple[str, ...]:
+        """The graphs that compute."""
+        return (*(block.file for block in self.blocks), self.head)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,8 +101,9 @@ class Bundle:
         for relative, entry in manifest.files.items():
             _check_size(path, relative, entry)
         if check:
-            for relative, entry in manifest.files.items():
-                _check_hash(path, relative, entry)
+            largest_first = sorted(manifest.files.items(), key=lambda item: -item[1].bytes)
+            with ThreadPoolExecutor(HASHERS) as pool:  # hashing is what a start would wait for
+                list(pool.map(lambda item: _check_hash(path, *item), largest_first))
         return bundle
 
 
@@ -150,7 +158,7 @@ def _check_format(file: Path, data: bytes) -> None:
 
 def _check_graphs(bundle: Bundle) -> None:
     graphs = bundle.manifest.graphs
-    for file in (graphs.embed, graphs.head, *(b.file for b in graphs.blocks)):
+    for file in (graphs.embed, *graphs.layers_and_head):
         bundle.file(file)
     starts = [0, *(block.last + 1 for block in graphs.blocks)]
     follow = all(start == block.first <= block.last for start, block in zip(starts, graphs.blocks, strict=False))

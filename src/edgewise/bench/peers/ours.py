@@ -12,10 +12,9 @@ import numpy as np
 from edgewise.bench.peers.base import Answer, Room, Source
 from edgewise.engines.base import Row
 from edgewise.engines.decode import Decoder
-from edgewise.engines.load import Mode, Runtime, local_model
+from edgewise.engines.load import Mode, Runtime, loaded
 from edgewise.engines.local import set_threads
 from edgewise.models.bundle import Bundle
-from edgewise.models.tokenizer import Tokenizer
 from edgewise.types import Chunk, FloatArray, Request
 
 VARIANTS: dict[str, tuple[Runtime, Mode]] = {
@@ -36,8 +35,8 @@ def load(model: Path, room: Room, variant: str) -> Ours:
 
 class Ours:
     def __init__(self, bundle: Bundle, room: Room, runtime: Runtime, mode: Mode) -> None:
-        self._model = local_model(bundle, runtime=runtime, mode=mode, slots=room.streams, context=room.context)
-        self._decoder = Decoder(self._model, Tokenizer.open(bundle.path))
+        self._model, tokenizer = loaded(bundle, runtime=runtime, mode=mode, slots=room.streams, context=room.context)
+        self._decoder = Decoder(self._model, tokenizer)
         self._loop = asyncio.new_event_loop()
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[Answer]:

@@ -58,73 +58,71 @@ typedef struct {
     const uint8_t *packed;         /* [outputs][inputs / block][block * bits / 8], 4 bits: even element in the low half */
     const float *scales, *minima;  /* scales [outputs][inputs / block]; minima may be NULL */
     int minima_row, minima_block;  /* strides of minima, in floats */
+    _Atomic int misfits;           /* groups with a factor that float16 cannot hold */
 } packing;
 
 #pragma GCC push_options
-#pragma GCC target("avx,f16c")
-static uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-static float to_float(uint16_t x) { return _cvtsh_ss(x); }
+#pragma GCC target("avx2,f16c,fma") /* the least that any kernels need */
+
+/* As float16 if wanted; whether that is the very number. */
+static int put(void *to, int bytes, size_t at, float value) {
+    if (bytes == 4) {
+        ((float *)to)[at] = value;
+        return 1;
+    }
+    const uint16_t half = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+    ((uint16_t *)to)[at] = half;
+    return _cvtsh_ss(half) == value;
+}
+
+/* Scales and minima of a group. Codes are centred in a bundle, not in a kernel, so the minima move; the minima of float16
+   must give the bundle's own back. */
+static int pack_factors(const packing *p, int g) {
+    const ew_matrix *w = p->to;
+    const int blocks = w->inputs / w->block, bytes = w->factor_bytes, rows = w->outputs - g * EW_COLUMNS;
+    const float half = (float)(1 << (w->bits - 1));
+    int fit = 1;
+    for (int b = 0; b < blocks; b++)
+        for (int n = 0; n < EW_COLUMNS; n++) {
+            const size_t row = (size_t)g * EW_COLUMNS + n, at = ((size_t)g * blocks + b) * EW_COLUMNS + n;
+            const float scale = n < rows ? p->scales[row * blocks + b] : 0;
+            fit &= put(w->scales, bytes, at, scale);
+            if (!w->minima) continue;
+            const float centred = n < rows ? p->minima[row * p->minima_row + (size_t)b * p->minima_block] : 0;
+            put(w->minima, bytes, at, centred - half * scale);
+            if (bytes == 2) fit &= _cvtsh_ss(((uint16_t *)w->minima)[at]) + half * scale == centred;
+        }
+    return fit;
+}
+
 #pragma GCC pop_options
 
 /* Eight 4-bit codes, as neighbours in each byte, to the kernels' order: 0..3 in the low halves, 4..7 in the high ones. */
-static void pack8(const uint8_t *from, uint8_t *to) {
-    for (int i = 0; i < 2; i++) {
-        to[2 * i] = (uint8_t)((from[i] & 15) | from[i + 2] << 4);
-        to[2 * i + 1] = (uint8_t)(from[i] >> 4 | (from[i + 2] & 0xf0));
-    }
-}
-
-static float scale_of(const packing *p, size_t row, int block) {
-    const int blocks = p->to->inputs / p->to->block;
-    return row < (size_t)p->to->outputs ? p->scales[row * blocks + block] : 0;
-}
-
-/* As a kernel adds it: codes are centred in a bundle, not in a kernel. */
-static float minimum_of(const packing *p, size_t row, int block) {
-    const float centred = row < (size_t)p->to->outputs && p->minima ? p->minima[row * p->minima_row + (size_t)block * p->minima_block] : 0;
-    return centred - (float)(1 << (p->to->bits - 1)) * scale_of(p, row, block);
-}
-
-/* Whether float16 gives back the very scales, and minima that make the bundle's own. */
-static int fit_half(const packing *p) {
-    const ew_matrix *w = p->to;
-    for (size_t row = 0; row < (size_t)w->outputs; row++)
-        for (int b = 0; b < w->inputs / w->block; b++) {
-            const float scale = scale_of(p, row, b), minimum = to_float(to_half(minimum_of(p, row, b)));
-            if (to_float(to_half(scale)) != scale) return 0;
-            if (!p->minima) continue;
-            if (minimum + (float)(1 << (w->bits - 1)) * scale != p->minima[row * p->minima_row + (size_t)b * p->minima_block]) return 0;
-        }
-    return 1;
-}
-
-static void put(void *to, int bytes, size_t at, float value) {
-    if (bytes == 4) ((float *)to)[at] = value;
-    else ((uint16_t *)to)[at] = to_half(value);
+static uint32_t pack8(uint32_t from) {
+    const uint32_t even = from & 0x0f0f0f0f, odd = from >> 4 & 0x0f0f0f0f; /* elements 0 2 4 6 and 1 3 5 7 */
+    const uint32_t low = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 | (odd & 0xff00) << 16;
+    const uint32_t high = (even >> 16 & 0xff) | (odd >> 8 & 0xff00) | (even >> 8 & 0xff0000) | (odd & 0xff000000);
+    return low | high << 4;
 }
 
 static void pack_group(void *context, int g, int thread) {
     (void)thread;
-    const packing *p = context;
-    ew_matrix *w = p->to;
-    const int blocks = w->inputs / w->block, words = w->inputs * w->bits / 32;
-    uint8_t *codes = w->codes + (size_t)g * words * 4 * EW_COLUMNS;
-    for (int n = 0; n < EW_COLUMNS; n++) {
-        const size_t row = (size_t)g * EW_COLUMNS + n;
-        for (int b = 0; b < blocks; b++) {
-            const size_t at = ((size_t)g * blocks + b) * EW_COLUMNS + n;
-            put(w->scales, w->factor_bytes, at, scale_of(p, row, b));
-            if (w->minima) put(w->minima, w->factor_bytes, at, minimum_of(p, row, b));
+    packing *p = context;
+    const ew_matrix *w = p->to;
+    const int words = w->inputs * w->bits / 32, rows = w->outputs - g * EW_COLUMNS;
+    uint32_t *to = (uint32_t *)w->codes + (size_t)g * words * EW_COLUMNS;
+    const uint32_t *from = (const uint32_t *)p->packed + (size_t)g * EW_COLUMNS * words;
+    if (!pack_factors(p, g)) p->misfits++;
+    for (int i = 0; i < words; i++)
+        for (int n = 0; n < EW_COLUMNS; n++) {
+            const uint32_t word = n < rows ? from[(size_t)n * words + i] : 0;
+            to[(size_t)i * EW_COLUMNS + n] = w->bits == 8 ? word : pack8(word);
         }
-        for (int i = 0; i < words; i++) {
-            uint8_t *to = codes + ((size_t)i * EW_COLUMNS + n) * 4;
-            const uint8_t *from = p->packed + (row * words + i) * 4;
-            if (row >= (size_t)w->outputs) memset(to, 0, 4);
-            else if (w->bits == 8) memcpy(to, from, 4);
-            else pack8(from, to);
-        }
-    }
 }
+
+static size_t padded(const ew_matrix *w) { return (size_t)(w->outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS; }
+
+static size_t factors_bytes(const ew_matrix *w) { return padded(w) * (w->inputs / w->block) * w->factor_bytes; }
 
 EXPORT void ew_matrix_free(ew_matrix *w) {
     if (!w) return;
@@ -132,27 +130,31 @@ EXPORT void ew_matrix_free(ew_matrix *w) {
 }
 
 EXPORT size_t ew_matrix_bytes(const ew_matrix *w) {
-    const size_t padded = (size_t)(w->outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS;
-    return padded * w->inputs * w->bits / 8 + padded * (w->inputs / w->block) * w->factor_bytes * (w->minima ? 2 : 1);
+    return padded(w) * w->inputs * w->bits / 8 + factors_bytes(w) * (w->minima ? 2 : 1);
 }
 
+/* Room for the factors, and all that is packed. Whether there was room. */
+static int pack(packing *p, int factor_bytes) {
+    ew_matrix *w = p->to;
+    free(w->scales), free(w->minima);
+    w->factor_bytes = factor_bytes, p->misfits = 0;
+    w->scales = aligned(factors_bytes(w)), w->minima = p->minima ? aligned(factors_bytes(w)) : NULL;
+    if (!w->codes || !w->scales || (p->minima && !w->minima)) return 0;
+    ew_parallel((int)(padded(w) / EW_COLUMNS), pack_group, p);
+    return 1;
+}
+
+/* `packed` must lie at a multiple of 4 bytes. */
 EXPORT ew_matrix *ew_matrix_new(int outputs, int inputs, int bits, int block, const uint8_t *packed, const float *scales,
                                 const float *minima, int minima_row, int minima_block) {
-    const size_t padded = (size_t)(outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS, factors = padded * (inputs / block);
     ew_matrix *w = malloc(sizeof *w);
     if (!w) return NULL;
-    *w = (ew_matrix){outputs, inputs, bits, block, 4, NULL, NULL, NULL};
-    packing p = {w, packed, scales, minima, minima_row, minima_block};
-    w->factor_bytes = fit_half(&p) ? 2 : 4;
-    w->codes = aligned(padded * inputs * bits / 8);
-    w->scales = aligned(factors * w->factor_bytes);
-    w->minima = minima ? aligned(factors * w->factor_bytes) : NULL;
-    if (!w->codes || !w->scales || (minima && !w->minima)) {
-        ew_matrix_free(w);
-        return NULL;
-    }
-    ew_parallel((int)(padded / EW_COLUMNS), pack_group, &p);
-    return w;
+    *w = (ew_matrix){outputs, inputs, bits, block, 2, NULL, NULL, NULL};
+    w->codes = aligned(padded(w) * inputs * bits / 8);
+    packing p = {w, packed, scales, minima, minima_row, minima_block, 0};
+    if (pack(&p, 2) && (!p.misfits || pack(&p, 4))) return w;
+    ew_matrix_free(w);
+    return NULL;
 }
 
 /* ---- products ---- */
