@@ -122,6 +122,14 @@ async def test_types_mixed_within_a_layer(kernels: str, tmp_path: Path) -> None:
     await check(model, of_gguf(model, kind, tmp_path), kernels)
 
 
+async def test_an_embedding_of_floats(kernels: str, tmp_path: Path) -> None:
+    def kind(name: str) -> gguf.GGMLQuantizationType:
+        return gguf.GGMLQuantizationType["F16" if name == "token_embd.weight" else "Q8_0"]
+
+    model = tiny("llama", tie_word_embeddings=False)
+    await check(model, of_gguf(model, kind, tmp_path), kernels)
+
+
 @pytest.mark.parametrize("shape", HEADS)
 async def test_shapes_of_attention(shape: str, kernels: str, tmp_path: Path) -> None:
     model = tiny("llama", **HEADS[shape])

@@ -128,9 +128,12 @@ def test_no_manifest_makes_another_error(bundle: Bundle, data: st.DataObject) ->
 
 
 async def test_a_graph_that_the_runtime_cannot_load(bundle: Bundle) -> None:
+    opened = Bundle.open(bundle.path)
     (bundle.path / bundle.manifest.graphs.head).write_bytes(b"not a graph" * 40)
     with pytest.raises(BundleError, match=r"cannot load blocks/head\.onnx"):
-        OnnxLM(bundle)  # a Bundle opened before the damage: its hashes are not looked at again
+        OnnxLM(opened)  # verified before the damage: its hashes are not looked at again
+    with pytest.raises(HashMismatch, match=r"head\.onnx"):
+        OnnxLM(Bundle.open(bundle.path, check=False))
 
 
 def test_store_finds_lists_and_removes(bundle: Bundle, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from edgewise.errors import BundleError, ModelError, RequestError, SourceError, UnsupportedModel
 from edgewise.models.gguf import GGUF
 from edgewise.models.pretokenize import PRE_TOKENIZERS
-from edgewise.models.tokenizer import CONFIG, TEMPLATE, TOKENIZER, Tokenizer, write_from_gguf, write_from_hf
+from edgewise.models.tokenizer import CONFIG, TEMPLATE, TOKENIZER, Tokenizer
+from edgewise.models.tokenizer_writer import write_from_gguf, write_from_hf
 from edgewise.types import Message
 from vocabularies import SPECIALS, LlamaTokenizer, byte_level_gguf, sentencepiece_gguf, strings
 

@@ -37,7 +37,7 @@ def open_generator(
         return _generator("openai", spec)
     if spec.lower().endswith(".gguf"):
         return _generator("llamacpp", _file(spec), slots=slots, context=context)
-    bundle = find(spec, home)
+    bundle = find(spec, home, check=False)  # what is read is verified
     model, tokenizer = loaded(bundle, runtime=runtime, mode=mode, slots=slots, context=context)
     return Decoder(model, tokenizer, name=bundle.name)
 
@@ -52,8 +52,13 @@ def loaded(
 ) -> tuple[TokenModel, Tokenizer]:
     """The bundle's model and tokenizer, each of which takes as long to load as the other, side by side."""
     with ThreadPoolExecutor(1) as aside:
-        tokenizer = aside.submit(Tokenizer.open, bundle.path)
+        tokenizer = aside.submit(_tokenizer, bundle)
         return local_model(bundle, runtime=runtime, mode=mode, slots=slots, context=context), tokenizer.result()
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    bundle.verify(name for name in bundle.manifest.files if "/" not in name)
+    return Tokenizer.open(bundle.path)
 
 
 def local_model(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes as c
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.engines import packed
 from edgewise.engines.local import CHUNK, LocalModel, fixed_threads, untouched
 from edgewise.errors import EngineError, UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.models.card import Card
-from edgewise.models.tensors import Array, tensors
+from edgewise.models.tensors import EMBED, FINAL_NORM, HEAD, VECTORS, Array, embedding, matrices, vectors
 from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized
 from edgewise.settings import ModelSettings
 from edgewise.types import FloatArray, IdArray
@@ -29,8 +30,8 @@ from edgewise.types import FloatArray, IdArray
 DEFAULTS = ModelSettings()
 LIBRARY = Path(__file__).parent / "native" / "blocks.so"
 MOST_SPANS = 1 << 22  # of a recording: 100 MB at most
-COLUMNS = 16  # outputs that the kernels compute at once
-HEAD = 256  # the largest head that they take
+COLUMNS = packed.COLUMNS
+MOST_HEAD = 256  # dimensions of the largest head
 
 
 class _Card(c.Structure):
@@ -55,21 +56,11 @@ class _Layer(c.Structure):
     )
 
 
-# The names that models/blocks.py gives to a layer's tensors (docs/formats/bundle.md), by field.
-_NORMS = {
-    "attention_norm": "attention_norm",
-    "q_norm": "q_norm.normed",
-    "k_norm": "k_norm.normed",
-    "attention_post_norm": "attention_out_norm",
-    "ffn_norm": "ffn_norm",
-    "ffn_post_norm": "ffn_out_norm",
-}
-_BIASES = {
-    "qkv_bias": ("qkv", "q", "k", "v"),
-    "o_bias": ("o",),
-    "gate_up_bias": ("gate_up", "gate", "up"),
-    "down_bias": ("down",),
-}
+class _Matrix(c.Structure):
+    _fields_ = (
+        *((name, c.c_int) for name in ("outputs", "inputs", "bits", "block", "factor_bytes")),
+        *((name, c.c_void_p) for name in ("codes", "scales", "minima")),
+    )
 
 
 class _KV(c.Structure):
@@ -85,9 +76,10 @@ def _library() -> c.CDLL | None:
     p, i = c.c_void_p, c.c_int
     for name, result, arguments in (
         ("ew_start", c.c_char_p, (c.c_char_p, i)),
-        ("ew_matrix_new", p, (i, i, i, i, p, p, p, i, i)),
-        ("ew_matrix_free", None, (p,)),
-        ("ew_matrix_bytes", c.c_size_t, (p,)),
+        ("ew_fits_half", i, (p, p, p, i, i)),
+        ("ew_pack", None, (p, p, p, p, i, i)),
+        ("ew_rows", None, (p, p, i, p)),
+        ("ew_checksum", c.c_uint64, (p, c.c_size_t)),
         ("ew_workspace_new", p, (p, i)),
         ("ew_workspace_free", None, (p,)),
         ("ew_layers", None, (p, p, p, i, p, i, i, i, p)),
@@ -183,10 +175,9 @@ class NativeLM(LocalModel[_Memory]):
     def why_not(bundle: Bundle) -> str | None:
         """Why these kernels cannot run the bundle; None if they can."""
         reason = _unfit(bundle)
-        for graph in bundle.manifest.graphs.layers_and_head:
-            for name, values in tensors(bundle, graph).items():
-                if name.endswith(".weight") and values.ndim == 2:
-                    reason = reason or _not_quantized(name.removesuffix(".weight"))
+        if reason is None and packed.indexed(bundle) is None:
+            dense = (name for name, matrix in matrices(bundle).items() if isinstance(matrix, Dense))
+            return next(map(_not_quantized, dense), None)
         return reason
 
     def _new_kv(self) -> _Memory:
@@ -209,25 +200,26 @@ class _Weights:
     def __init__(self, bundle: Bundle, context: int) -> None:
         library = _library()
         assert library is not None  # why_not was asked
-        self._library, self._bundle = library, bundle
-        self.bytes = 0  # of packed matrices
-        self._held: list[Array] = []  # what the C side points to
-        self._freed: list[weakref.finalize[..., Any]] = []
         card = bundle.card
-        self._card, self._capacity = card, -(-context // COLUMNS) * COLUMNS
-        self._numbers = _numbers(card, self._capacity)
-        self._turns = {name: tuple(map(self._hold, rope.tables(self._capacity))) for name, rope in card.ropes.items()}
+        self._library, self._card, self._capacity = library, card, -(-context // COLUMNS) * COLUMNS
+        self._packed = packed.opened(bundle, library.ew_checksum) or self._pack(bundle)
+        self._matrices = {name: _placed(place, self._packed.address) for name, place in self._packed.matrices.items()}
+        self._turns = {name: rope.tables(self._capacity) for name, rope in card.ropes.items()}
         self._layers = (_Layer * card.layers)()
-        graphs = bundle.manifest.graphs
-        self._embed = _matrix(tensors(bundle, graphs.embed), "embed", card.hidden)
-        for block in graphs.blocks:
-            found = tensors(bundle, block.file)
-            for n in range(block.first, block.last + 1):
-                self._fill(self._layers[n], n, found)
-        head = tensors(bundle, graphs.head)
-        self._norm = self._hold(head["normed.scale"])
-        self._head = self._pack(head, "embed" if _prefix(head, "embed") else "head", card.hidden)
-        self._space = self._own(library.ew_workspace_new(c.byref(self._numbers), CHUNK), library.ew_workspace_free)
+        for n, layer in enumerate(self._layers):
+            self._fill(layer, n)
+        self._table = None if card.tied or EMBED in self._matrices else embedding(bundle)
+        self._norm = self._vector(FINAL_NORM)
+        self._numbers = _numbers(card, self._capacity)
+        self._space = library.ew_workspace_new(c.byref(self._numbers), CHUNK)
+        if self._space is None:
+            raise EngineError("there is not enough memory for the model", hint="take a smaller model or context")
+        self._free = weakref.finalize(self, library.ew_workspace_free, self._space)
+
+    @property
+    def bytes(self) -> int:
+        """Of what decoding reads."""
+        return len(self._packed.memory)
 
     def new_kv(self) -> _Memory:
         card, shape = self._card, (self._card.kv_heads, self._capacity, self._card.head_dim)
@@ -236,7 +228,7 @@ class _Weights:
         return _Memory(arrays, entries)
 
     def run(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
-        hidden = self._embed.rows(ids).dense()
+        hidden = self._embedded(np.ascontiguousarray(ids))
         if self._card.embedding_scale != 1:
             hidden *= np.float32(self._card.embedding_scale)
         self._library.ew_layers(
@@ -252,13 +244,22 @@ class _Weights:
         )
         return hidden[len(hidden) - want :]
 
+    def _embedded(self, ids: IdArray) -> FloatArray:
+        if self._table is not None:
+            return self._table.rows(ids).dense()
+        rows = np.empty((len(ids), self._card.hidden), np.float32)
+        self._library.ew_rows(
+            self._matrix(HEAD if self._card.tied else EMBED), ids.ctypes.data, len(ids), rows.ctypes.data
+        )
+        return rows
+
     def project(self, hidden: FloatArray, out: FloatArray) -> None:
         card, padded = self._card, -(-self._card.vocab // COLUMNS) * COLUMNS
         to = out if padded == card.vocab else np.empty((len(out), padded), dtype=np.float32)
         self._library.ew_head(
             c.byref(self._numbers),
-            self._norm.ctypes.data,
-            self._head,
+            self._norm,
+            c.byref(self._matrices[HEAD]),
             self._space,
             len(hidden),
             hidden.ctypes.data,
@@ -274,63 +275,68 @@ class _Weights:
             out *= np.float32(card.logit_cap)
 
     def close(self) -> None:
-        for free in self._freed:
-            free()
+        self._free()
 
-    def _fill(self, layer: _Layer, n: int, found: Mapping[str, Array]) -> None:
-        card, at = self._card, f"layer{n}"
-        for place, fused, *parts in ((layer.qkv, "qkv", "q", "k", "v"), (layer.gate_up, "gate_up", "gate", "up")):
-            names = parts if _prefix(found, f"{at}.{fused}") is None else [fused]
-            for i, name in enumerate(names):
-                place[i] = self._pack(found, f"{at}.{name}", card.hidden)
-        layer.o = self._pack(found, f"{at}.o", card.heads * card.head_dim)
-        layer.down = self._pack(found, f"{at}.down", card.ffn)
-        for field, name in _NORMS.items():
-            setattr(layer, field, self._vector(found, f"{at}.{name}.scale"))
-        for field, products in _BIASES.items():
-            setattr(layer, field, self._vector(found, *(f"{at}.{name}.bias" for name in products)))
-        turn = card.rope_of(n)
+    def _fill(self, layer: _Layer, n: int) -> None:
+        for place, names in ((layer.qkv, ("qkv", "q", "k", "v")), (layer.gate_up, ("gate_up", "gate", "up"))):
+            there = [name for name in names if f"layer{n}.{name}" in self._matrices]
+            for i, name in enumerate(there):
+                place[i] = self._matrix(f"layer{n}.{name}")
+        layer.o, layer.down = self._matrix(f"layer{n}.o"), self._matrix(f"layer{n}.down")
+        for field in VECTORS:
+            setattr(layer, field, self._vector(f"layer{n}.{field}"))
+        turn = self._card.rope_of(n)
         if turn is not None:
             cos, sin = self._turns[turn]
             layer.cos, layer.sin, layer.turned = cos.ctypes.data, sin.ctypes.data, 2 * cos.shape[1]
-        layer.window = card.window(n)
+        layer.window = self._card.window(n)
 
-    def _vector(self, found: Mapping[str, Array], *names: str) -> int | None:
-        """The address of a vector, or of several as one; None if the model has none."""
-        parts = [found[name] for name in names if name in found]
-        return self._hold(np.concatenate(parts)).ctypes.data if parts else None
+    def _matrix(self, name: str) -> int:
+        return c.addressof(self._matrices[name])
 
-    def _pack(self, found: Mapping[str, Array], name: str, inputs: int) -> int:
-        """The address of the matrix in the kernels' own layout."""
-        matrix = _matrix(found, name, inputs)
-        if not isinstance(matrix, Quantized):
-            raise _cannot(self._bundle, _not_quantized(name))
-        packed, scales = np.ascontiguousarray(matrix.packed), np.ascontiguousarray(matrix.scales)
-        minima = matrix.minima
-        steps = (0, 0) if minima is None else (minima.strides[0] // 4, minima.strides[1] // 4)
-        made = self._library.ew_matrix_new(
-            *matrix.shape,
-            matrix.bits,
-            matrix.block,
-            packed.ctypes.data,
-            scales.ctypes.data,
-            None if minima is None else minima.ctypes.data,
-            *steps,
+    def _vector(self, name: str) -> int | None:
+        values = self._packed.vector(name)
+        return None if values is None else int(values.ctypes.data)
+
+    def _pack(self, bundle: Bundle) -> packed.Packed:
+        found = {name: _quantized(bundle, name, matrix) for name, matrix in matrices(bundle).items()}
+        return packed.made(
+            bundle,
+            found,
+            vectors(bundle),
+            fits_half=self._fits_half,
+            pack=self._pack_one,
+            checksum=self._library.ew_checksum,
         )
-        address = self._own(made, self._library.ew_matrix_free)
-        self.bytes += self._library.ew_matrix_bytes(address)
-        return address
 
-    def _own(self, address: int | None, free: Callable[[int], None]) -> int:
-        if address is None:
-            raise EngineError("there is not enough memory for the model", hint="take a smaller model or context")
-        self._freed.append(weakref.finalize(self, free, address))
-        return address
+    def _fits_half(self, matrix: Quantized) -> bool:
+        kind = _Matrix(*matrix.shape, matrix.bits, matrix.block)
+        return bool(self._library.ew_fits_half(c.byref(kind), *_factors(matrix)))
 
-    def _hold(self, values: Array) -> FloatArray:
-        held = np.array(values, dtype=np.float32)  # a copy: views of a file may lie anywhere
-        self._held.append(held)
-        return held
+    def _pack_one(self, matrix: Quantized, place: packed.Place, address: int) -> None:
+        codes = np.ascontiguousarray(matrix.packed)
+        self._library.ew_pack(c.byref(_placed(place, address)), codes.ctypes.data, *_factors(matrix))
+
+
+def _placed(place: packed.Place, address: int) -> _Matrix:
+    minima = None if place.minima is None else address + place.minima
+    kind = (place.outputs, place.inputs, place.bits, place.block, place.factor_bytes)
+    return _Matrix(*kind, address + place.codes, address + place.scales, minima)
+
+
+def _factors(matrix: Quantized) -> tuple[int, int | None, int, int]:
+    """Scales and minima as the library takes them; the matrix keeps them alive."""
+    scales, minima = matrix.scales, matrix.minima
+    assert scales.flags.c_contiguous  # as a graph holds them
+    if minima is None:
+        return scales.ctypes.data, None, 0, 0
+    return scales.ctypes.data, minima.ctypes.data, minima.strides[0] // 4, minima.strides[1] // 4
+
+
+def _quantized(bundle: Bundle, name: str, matrix: Matrix) -> Quantized:
+    if isinstance(matrix, Quantized):
+        return matrix
+    raise _cannot(bundle, _not_quantized(name))
 
 
 def _unfit(bundle: Bundle) -> str | None:
@@ -343,8 +349,8 @@ def _unfit(bundle: Bundle) -> str | None:
     sizes = (card.hidden, card.ffn, card.heads * card.head_dim)
     if any(size % BLOCK for size in sizes):
         return f"its sizes {sizes} are not multiples of {BLOCK}"
-    if card.head_dim % COLUMNS or card.head_dim > HEAD:
-        return f"its heads of {card.head_dim} are not multiples of {COLUMNS} up to {HEAD}"
+    if card.head_dim % COLUMNS or card.head_dim > MOST_HEAD:
+        return f"its heads of {card.head_dim} are not multiples of {COLUMNS} up to {MOST_HEAD}"
     return None
 
 
@@ -371,18 +377,3 @@ def _numbers(card: Card, capacity: int) -> _Card:
         attention_cap=card.attention_cap,
         residual_scale=card.residual_scale,
     )
-
-
-def _prefix(found: Mapping[str, Array], name: str) -> str | None:
-    """What a matrix is called: a product that more is added to has a name of its own. None if it is not there."""
-    return next((prefix for prefix in (name, f"{name}.q") if f"{prefix}.weight" in found), None)
-
-
-def _matrix(found: Mapping[str, Array], name: str, inputs: int) -> Matrix:
-    prefix = _prefix(found, name)
-    weight, scales = found[f"{prefix}.weight"], found.get(f"{prefix}.scales")
-    if scales is None:
-        return Dense(weight)
-    minima = found[f"{name}.minima_t"].T if f"{name}.minima_t" in found else found.get(f"{name}.minima")
-    block = inputs // scales.shape[1]
-    return Quantized(weight.shape[2] * 8 // block, weight, scales, minima, block)

@@ -161,6 +161,7 @@ class OnnxLM(LocalModel[_KV]):
     ) -> None:
         super().__init__(bundle, slots=slots, context=context)
         self.mode = mode
+        bundle.verify(bundle.manifest.files)
         _start()
         graphs = bundle.manifest.graphs
         self._embed = _session(bundle, graphs.embed)

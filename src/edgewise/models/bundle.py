@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -70,11 +71,12 @@ class _Version(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle on disk whose manifest was read and, unless asked otherwise, whose files were hashed."""
+    """A bundle on disk whose manifest was read. Files are verified all at once or as they are needed."""
 
     path: Path
     manifest: Manifest
     card: Card = field(repr=False)
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -91,19 +93,25 @@ class Bundle:
             raise BundleError(f"the manifest of {self.name!r} does not list {relative!r}", hint=_AGAIN)
         return self.path / relative
 
+    def verify(self, files: Iterable[str]) -> None:
+        """Compare the SHA-256 of these files with the manifest, of each once. HashMismatch, or BundleError."""
+        entries = self.manifest.files
+        new = sorted(set(files) - self._verified, key=lambda name: -entries[name].bytes)  # large ones first
+        with ThreadPoolExecutor(HASHERS) as pool:  # hashing is what a start would wait for
+            list(pool.map(lambda name: _check_hash(self.path, name, entries[name]), new))
+        self._verified.update(new)
+
     @staticmethod
     def open(path: Path, check: bool = True) -> Bundle:
-        """Read the manifest and, with `check`, compare every file's size and SHA-256 with it.
-        BundleError or HashMismatch, never another error, whatever the bytes are."""
+        """Read the manifest and compare every file's size with it; with `check`, verify every file. Without, whoever
+        reads a file verifies it. BundleError or HashMismatch, never another error, whatever the bytes are."""
         manifest = _read_manifest(path)
         bundle = Bundle(path, manifest, Card.from_json(manifest.card))
         _check_graphs(bundle)
         for relative, entry in manifest.files.items():
             _check_size(path, relative, entry)
         if check:
-            largest_first = sorted(manifest.files.items(), key=lambda item: -item[1].bytes)
-            with ThreadPoolExecutor(HASHERS) as pool:  # hashing is what a start would wait for
-                list(pool.map(lambda item: _check_hash(path, *item), largest_first))
+            bundle.verify(manifest.files)
         return bundle
 
 

@@ -17,7 +17,7 @@ from edgewise.models.blocks import Layer
 from edgewise.models.card import Activation, Card, QKNorm, Rope, alternating
 from edgewise.models.ggml_types import KNOWN, unpack
 from edgewise.models.gguf import GGUF
-from edgewise.models.tokenizer import write_from_gguf
+from edgewise.models.tokenizer_writer import write_from_gguf
 from edgewise.models.weights import Dense, Matrix, split
 from edgewise.types import FloatArray, IdArray
 

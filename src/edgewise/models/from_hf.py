@@ -19,7 +19,7 @@ from edgewise.models import rope
 from edgewise.models.blocks import Layer
 from edgewise.models.card import Activation, Card, QKNorm, Rope, alternating
 from edgewise.models.licence import declared
-from edgewise.models.tokenizer import write_from_hf
+from edgewise.models.tokenizer_writer import write_from_hf
 from edgewise.models.weights import Dense, Matrix, split
 from edgewise.types import FloatArray
 

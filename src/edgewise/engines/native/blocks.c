@@ -61,38 +61,55 @@ typedef struct {
     _Atomic int misfits;           /* groups with a factor that float16 cannot hold */
 } packing;
 
+static int groups_of(const ew_matrix *w) { return (w->outputs + EW_COLUMNS - 1) / EW_COLUMNS; }
+
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c,fma") /* the least that any kernels need */
 
-/* As float16 if wanted; whether that is the very number. */
-static int put(void *to, int bytes, size_t at, float value) {
-    if (bytes == 4) {
-        ((float *)to)[at] = value;
-        return 1;
-    }
-    const uint16_t half = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-    ((uint16_t *)to)[at] = half;
-    return _cvtsh_ss(half) == value;
+static uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+static float to_float(uint16_t x) { return _cvtsh_ss(x); }
+
+static void put(void *to, int bytes, size_t at, float value) {
+    if (bytes == 4) ((float *)to)[at] = value;
+    else ((uint16_t *)to)[at] = to_half(value);
 }
 
-/* Scales and minima of a group. Codes are centred in a bundle, not in a kernel, so the minima move; the minima of float16
-   must give the bundle's own back. */
-static int pack_factors(const packing *p, int g) {
+/* Scale and minimum of a row's block. Codes are centred in a bundle, not in a kernel, so the minima move. */
+static float scale_of(const packing *p, size_t row, int b) {
+    return row < (size_t)p->to->outputs ? p->scales[row * (p->to->inputs / p->to->block) + b] : 0;
+}
+static float centred_of(const packing *p, size_t row, int b) {
+    return row < (size_t)p->to->outputs ? p->minima[row * p->minima_row + (size_t)b * p->minima_block] : 0;
+}
+static float moved(const packing *p) { return (float)(1 << (p->to->bits - 1)); }
+
+static void pack_factors(const packing *p, int g) {
     const ew_matrix *w = p->to;
-    const int blocks = w->inputs / w->block, bytes = w->factor_bytes, rows = w->outputs - g * EW_COLUMNS;
-    const float half = (float)(1 << (w->bits - 1));
-    int fit = 1;
+    const int blocks = w->inputs / w->block;
     for (int b = 0; b < blocks; b++)
         for (int n = 0; n < EW_COLUMNS; n++) {
             const size_t row = (size_t)g * EW_COLUMNS + n, at = ((size_t)g * blocks + b) * EW_COLUMNS + n;
-            const float scale = n < rows ? p->scales[row * blocks + b] : 0;
-            fit &= put(w->scales, bytes, at, scale);
-            if (!w->minima) continue;
-            const float centred = n < rows ? p->minima[row * p->minima_row + (size_t)b * p->minima_block] : 0;
-            put(w->minima, bytes, at, centred - half * scale);
-            if (bytes == 2) fit &= _cvtsh_ss(((uint16_t *)w->minima)[at]) + half * scale == centred;
+            const float scale = scale_of(p, row, b);
+            put(w->scales, w->factor_bytes, at, scale);
+            if (w->minima) put(w->minima, w->factor_bytes, at, centred_of(p, row, b) - moved(p) * scale);
         }
-    return fit;
+}
+
+/* The minima of float16 must give the bundle's own back. */
+static void check_group(void *context, int g, int thread) {
+    (void)thread;
+    packing *p = context;
+    int fit = 1;
+    for (int b = 0; b < p->to->inputs / p->to->block; b++)
+        for (int n = 0; n < EW_COLUMNS; n++) {
+            const size_t row = (size_t)g * EW_COLUMNS + n;
+            const float scale = scale_of(p, row, b);
+            fit &= to_float(to_half(scale)) == scale;
+            if (!p->minima) continue;
+            const float centred = centred_of(p, row, b);
+            fit &= to_float(to_half(centred - moved(p) * scale)) + moved(p) * scale == centred;
+        }
+    if (!fit) p->misfits++;
 }
 
 #pragma GCC pop_options
@@ -107,12 +124,12 @@ static uint32_t pack8(uint32_t from) {
 
 static void pack_group(void *context, int g, int thread) {
     (void)thread;
-    packing *p = context;
+    const packing *p = context;
     const ew_matrix *w = p->to;
     const int words = w->inputs * w->bits / 32, rows = w->outputs - g * EW_COLUMNS;
     uint32_t *to = (uint32_t *)w->codes + (size_t)g * words * EW_COLUMNS;
     const uint32_t *from = (const uint32_t *)p->packed + (size_t)g * EW_COLUMNS * words;
-    if (!pack_factors(p, g)) p->misfits++;
+    pack_factors(p, g);
     for (int i = 0; i < words; i++)
         for (int n = 0; n < EW_COLUMNS; n++) {
             const uint32_t word = n < rows ? from[(size_t)n * words + i] : 0;
@@ -120,41 +137,82 @@ static void pack_group(void *context, int g, int thread) {
         }
 }
 
-static size_t padded(const ew_matrix *w) { return (size_t)(w->outputs + EW_COLUMNS - 1) / EW_COLUMNS * EW_COLUMNS; }
-
-static size_t factors_bytes(const ew_matrix *w) { return padded(w) * (w->inputs / w->block) * w->factor_bytes; }
-
-EXPORT void ew_matrix_free(ew_matrix *w) {
-    if (!w) return;
-    free(w->codes), free(w->scales), free(w->minima), free(w);
+/* Whether float16 holds the scales and minima of a matrix, of which only the sizes and the kind need be set. */
+EXPORT int ew_fits_half(const ew_matrix *w, const float *scales, const float *minima, int minima_row, int minima_block) {
+    packing p = {(ew_matrix *)w, NULL, scales, minima, minima_row, minima_block, 0};
+    ew_parallel(groups_of(w), check_group, &p);
+    return !p.misfits;
 }
 
-EXPORT size_t ew_matrix_bytes(const ew_matrix *w) {
-    return padded(w) * w->inputs * w->bits / 8 + factors_bytes(w) * (w->minima ? 2 : 1);
-}
-
-/* Room for the factors, and all that is packed. Whether there was room. */
-static int pack(packing *p, int factor_bytes) {
-    ew_matrix *w = p->to;
-    free(w->scales), free(w->minima);
-    w->factor_bytes = factor_bytes, p->misfits = 0;
-    w->scales = aligned(factors_bytes(w)), w->minima = p->minima ? aligned(factors_bytes(w)) : NULL;
-    if (!w->codes || !w->scales || (p->minima && !w->minima)) return 0;
-    ew_parallel((int)(padded(w) / EW_COLUMNS), pack_group, p);
-    return 1;
-}
-
-/* `packed` must lie at a multiple of 4 bytes. */
-EXPORT ew_matrix *ew_matrix_new(int outputs, int inputs, int bits, int block, const uint8_t *packed, const float *scales,
-                                const float *minima, int minima_row, int minima_block) {
-    ew_matrix *w = malloc(sizeof *w);
-    if (!w) return NULL;
-    *w = (ew_matrix){outputs, inputs, bits, block, 2, NULL, NULL, NULL};
-    w->codes = aligned(padded(w) * inputs * bits / 8);
+/* Fill codes, scales and minima. `packed` must lie at a multiple of 4 bytes. */
+EXPORT void ew_pack(ew_matrix *w, const uint8_t *packed, const float *scales, const float *minima, int minima_row, int minima_block) {
     packing p = {w, packed, scales, minima, minima_row, minima_block, 0};
-    if (pack(&p, 2) && (!p.misfits || pack(&p, 4))) return w;
-    ew_matrix_free(w);
-    return NULL;
+    ew_parallel(groups_of(w), pack_group, &p);
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,fma")
+
+static float factor(const ew_matrix *w, const void *factors, size_t at) {
+    return w->factor_bytes == 4 ? ((const float *)factors)[at] : to_float(((const uint16_t *)factors)[at]);
+}
+
+/* out [count][inputs] = rows `ids` of the matrix. */
+EXPORT void ew_rows(const ew_matrix *w, const int64_t *ids, int count, float *out) {
+    const int words = w->inputs * w->bits / 32, each = 32 / w->bits, blocks = w->inputs / w->block;
+    for (int i = 0; i < count; i++) {
+        const int g = (int)(ids[i] / EW_COLUMNS), n = (int)(ids[i] % EW_COLUMNS);
+        const uint32_t *codes = (const uint32_t *)w->codes + (size_t)g * words * EW_COLUMNS + n;
+        for (int at = 0; at < w->inputs; at++) {
+            const uint32_t word = codes[(size_t)(at / each) * EW_COLUMNS];
+            const int byte = 8 * (at % 4), code = w->bits == 8 ? word >> byte & 255 : word >> (byte + at % 8 / 4 * 4) & 15;
+            const size_t f = ((size_t)g * blocks + at / w->block) * EW_COLUMNS + n;
+            const float scale = factor(w, w->scales, f), half = (float)(1 << (w->bits - 1));
+            *out++ = code * scale + (w->minima ? factor(w, w->minima, f) : -half * scale);
+        }
+    }
+}
+
+#pragma GCC pop_options
+
+/* ---- a checksum: of words of 8 bytes, eight sums in turn, then of the sums ---- */
+
+#define PART ((size_t)1 << 20)
+
+static uint64_t mixed(uint64_t sum, uint64_t word) {
+    sum = (sum ^ word) * UINT64_C(0x9e3779b97f4a7c15);
+    return sum << 29 | sum >> 35;
+}
+
+static uint64_t checksum_of(const uint64_t *words, size_t count) {
+    uint64_t sums[8] = {1, 2, 3, 4, 5, 6, 7, 8}, sum = count;
+    for (size_t i = 0; i < count; i++) sums[i % 8] = mixed(sums[i % 8], words[i]);
+    for (int i = 0; i < 8; i++) sum = mixed(sum, sums[i]);
+    return sum;
+}
+
+typedef struct {
+    const uint64_t *words;
+    size_t count;
+    uint64_t *sums;
+} summed;
+
+static void sum_part(void *context, int item, int thread) {
+    (void)thread;
+    const summed *s = context;
+    const size_t first = item * (PART / 8), left = s->count - first;
+    s->sums[item] = checksum_of(s->words + first, left < PART / 8 ? left : PART / 8);
+}
+
+/* Of the checksums of each MiB; `bytes` is a multiple of 8. 0 if memory is out. */
+EXPORT uint64_t ew_checksum(const uint64_t *words, size_t bytes) {
+    const int parts = (int)((bytes + PART - 1) / PART);
+    summed s = {words, bytes / 8, malloc((size_t)parts * 8)};
+    if (!s.sums) return 0;
+    ew_parallel(parts, sum_part, &s);
+    const uint64_t sum = checksum_of(s.sums, parts);
+    free(s.sums);
+    return sum;
 }
 
 /* ---- products ---- */
@@ -169,8 +227,6 @@ typedef struct {
     int up_group, gelu;
     const float *bias, *up_bias;
 } product;
-
-static int groups_of(const ew_matrix *w) { return (w->outputs + EW_COLUMNS - 1) / EW_COLUMNS; }
 
 static int least(int a, int b) { return a < b ? a : b; }
 
