@@ -15,6 +15,8 @@ from edgewise.engines.base import Generator, Row
 from edgewise.engines.decode import Decoder
 from edgewise.engines.fake import FakeGenerator, FakeTokenizer, FakeTokenModel, Script
 from edgewise.engines.llamacpp import LlamaCpp
+from edgewise.engines.local import LocalModel
+from edgewise.engines.native_lm import NativeLM
 from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.engines.openai import OpenAI
 from edgewise.errors import ContextFull, EngineClosed, RequestError
@@ -23,7 +25,8 @@ from edgewise.models.tokenizer import Tokenizer
 from edgewise.types import Chunk, Message, Request, Sampling
 from served import Served, eventually
 
-CONTEXT = 512
+CONTEXT = 2048
+LONG = 1900  # tokens: more than any subject has made when its reader leaves
 WORDS = " ".join(f"word{n}" for n in range(40)) + " "
 
 
@@ -59,12 +62,18 @@ class Spy:
         self.running -= 1
 
 
-class CountedLM(OnnxLM):
+class Counted(LocalModel[Any]):
     steps = 0
 
     async def forward(self, rows: Sequence[Row]) -> list[np.ndarray]:
         self.steps += sum(len(row.ids) for row in rows)
         return await super().forward(rows)
+
+
+class CountedOnnx(Counted, OnnxLM): ...
+
+
+class CountedNative(Counted, NativeLM): ...
 
 
 def scripted() -> FakeGenerator:
@@ -110,13 +119,27 @@ async def llamacpp(ask: pytest.FixtureRequest) -> AsyncIterator[Subject]:
 @asynccontextmanager
 async def onnx(ask: pytest.FixtureRequest) -> AsyncIterator[Subject]:
     bundle: Bundle = ask.getfixturevalue("bundle")
-    model = CountedLM(bundle, mode="stable", slots=2, context=CONTEXT)
+    async with decoding(CountedOnnx(bundle, mode="stable", slots=2, context=CONTEXT), bundle) as subject:
+        yield subject
+
+
+@asynccontextmanager
+async def native(ask: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    bundle: Bundle = ask.getfixturevalue("bundle")
+    if NativeLM.why_not(bundle) is not None:
+        pytest.skip("the native kernels are not built for this machine")
+    async with decoding(CountedNative(bundle, slots=2, context=CONTEXT), bundle) as subject:
+        yield subject
+
+
+@asynccontextmanager
+async def decoding(model: Counted, bundle: Bundle) -> AsyncIterator[Subject]:
     made = Decoder(model, Tokenizer.open(bundle.path))
     yield Subject(made, lambda: model.steps, lambda: bool(made._scheduler._active))
     await made.close()
 
 
-@pytest.fixture(params=[fake, openai, decoder, remote_decoder, llamacpp, onnx], ids=lambda make: make.__name__)
+@pytest.fixture(params=[fake, openai, decoder, remote_decoder, llamacpp, onnx, native], ids=lambda make: make.__name__)
 async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
     async with AsyncExitStack() as stack:
         yield await stack.enter_async_context(request.param(request))
@@ -205,7 +228,7 @@ async def test_without_a_wish_there_are_no_alternatives(generator: Generator) ->
 
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
 async def test_leaving_stops_the_work(subject: Subject, how: str) -> None:
-    chunks: Any = subject.generator.generate(ask(max_tokens=400))
+    chunks: Any = subject.generator.generate(ask(max_tokens=LONG))
     await anext(chunks)
     if how == "aclose":
         await chunks.aclose()
@@ -216,7 +239,7 @@ async def test_leaving_stops_the_work(subject: Subject, how: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await reading
     await asyncio.to_thread(eventually, lambda: not subject.busy())
-    assert subject.steps() < 400
+    assert subject.steps() < LONG
     assert await text(subject.generator, ask()) != ""
 
 
