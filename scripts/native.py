@@ -22,7 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 NATIVE = Path("src/edgewise/engines/native")
 LIBRARY = NATIVE / "blocks.so"
 COMMON = shlex.split(
-    "-std=gnu11 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
+    "-std=gnu11 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-strict-aliasing -Wall -Wextra -Wno-psabi"
 )
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DEW_LANES=8", "-DEW_TILE=4"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]

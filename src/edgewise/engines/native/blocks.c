@@ -222,17 +222,14 @@ typedef struct {
     const ew_activations *x;
     float *out; /* [rows][stride], room for outputs rounded up to 16 */
     int stride;
-    /* When set, w is the gate and the same groups of `up` (rows from `up_group` on) make out = activation(gate) * up. */
+    /* When set, w is the gate, and activation(gate) * up, with `up` from its group `up_group` on, goes to `gated` instead. */
     const ew_matrix *up;
+    ew_activations *gated;
     int up_group, gelu;
     const float *bias, *up_bias;
 } product;
 
 static int least(int a, int b) { return a < b ? a : b; }
-
-static void add(float *x, const float *y, int size) {
-    for (int i = 0; i < size; i++) x[i] += y[i];
-}
 
 /* Some groups of outputs for the rows of one tile. */
 static void product_tile(const product *p, int first, int count, int row, int rows) {
@@ -240,23 +237,25 @@ static void product_tile(const product *p, int first, int count, int row, int ro
     const int8_t *codes = x->codes + (size_t)row * x->inputs;
     const ew_factor *factors = x->factors + (size_t)row * (x->inputs / EW_BLOCK);
     const int at = first * EW_COLUMNS, size = count * EW_COLUMNS;
-    float *out = p->out + (size_t)row * p->stride + at;
     if (!p->up) {
-        kernels->matmul(p->w, first, count, rows, codes, factors, out, p->stride);
+        kernels->matmul(p->w, first, count, rows, codes, factors, p->out + (size_t)row * p->stride + at, p->stride);
         return;
     }
+    int8_t *to = p->gated->codes + (size_t)row * p->gated->inputs + (size_t)rows * at;
+    ew_factor *to_factors = p->gated->factors + (size_t)row * (p->gated->inputs / EW_BLOCK) + (size_t)rows * (at / EW_BLOCK);
     float gate[EW_TILES * EW_COLUMNS * GROUPS_AT_ONCE], up[EW_TILES * EW_COLUMNS * GROUPS_AT_ONCE];
     kernels->matmul(p->w, first, count, rows, codes, factors, gate, size);
     kernels->matmul(p->up, p->up_group + first, count, rows, codes, factors, up, size);
     for (int m = 0; m < rows; m++) {
         float *g = gate + m * size, *u = up + m * size;
-        if (p->bias) add(g, p->bias + at, size);
-        if (p->up_bias) add(u, p->up_bias + at, size);
-        kernels->gate(g, u, p->gelu, size, out + (size_t)m * p->stride);
+        if (p->bias) kernels->join(g, p->bias + at, 1, size);
+        if (p->up_bias) kernels->join(u, p->up_bias + at, 1, size);
+        kernels->gate(g, u, p->gelu, size, g);
+        kernels->quantize(g, size, rows, m, to, to_factors);
     }
 }
 
-static int groups_in(const product *p) { return p->up ? p->stride / EW_COLUMNS : groups_of(p->w); }
+static int groups_in(const product *p) { return p->up ? p->gated->inputs / EW_COLUMNS : groups_of(p->w); }
 
 /* Rows are worked on in tiles of about the same size: one of few rows costs nearly as much as a full one. */
 static int tiles_of(int rows) { return (rows + kernels->tile - 1) / kernels->tile; }
@@ -271,7 +270,7 @@ typedef struct {
 static share share_of(const product *p) {
     const int groups = groups_in(p), tiles = tiles_of(p->x->rows), fair = groups / (ITEMS * threads);
     if (tiles > 1) return (share){GROUPS_AT_ONCE, (tiles + 3) / 4};
-    return (share){fair < GROUPS_AT_ONCE ? GROUPS_AT_ONCE : fair, 1};
+    return (share){fair < GROUPS_AT_ONCE ? GROUPS_AT_ONCE : fair / 2 * 2, 1}; /* no block of 32 is cut in two */
 }
 
 static void product_item(void *context, int item, int thread) {
@@ -306,57 +305,84 @@ typedef struct {
     int places, spans;            /* room for that many tiles of that many spans each */
     ew_part *parts;               /* [places][spans][tile] */
     float *mixes;                 /* [places][spans][tile][head_dim] */
-    ew_activations a;
-    const float *weight; /* of the norm that rows pass on their way to int8, or back into x; NULL: none */
-    const float *bias;   /* what rows get on their way back into x; NULL: nothing */
+    ew_activations a, gated;
+    const float *weight; /* of the norm that rows pass on their way to int8; NULL: none */
     const float *source; /* rows of a.inputs floats */
     float *normed;       /* [rows][hidden] */
+    int joining;         /* what attention or feed-forward made, in `wide`, is still to be added to x, */
+    const float *bias, *post_norm; /* with this bias and after this norm; NULL: none */
 } pass;
 
 typedef struct {
     int places, spans;
     float *wide, *mixed, *normed, *mixes;
     ew_part *parts;
-    int8_t *codes;
-    ew_factor *factors;
+    int8_t *codes, *gated_codes;
+    ew_factor *factors, *gated_factors;
 } ew_workspace;
-
-static int up16(int n) { return (n + 15) / 16 * 16; }
 
 EXPORT void ew_workspace_free(ew_workspace *s) {
     if (!s) return;
-    free(s->wide), free(s->mixed), free(s->normed), free(s->parts), free(s->mixes), free(s->codes), free(s->factors), free(s);
+    free(s->wide), free(s->mixed), free(s->normed), free(s->parts), free(s->mixes), free(s->codes), free(s->factors);
+    free(s->gated_codes), free(s->gated_factors), free(s);
 }
 
 /* Room for passes of up to `rows` rows. */
 EXPORT ew_workspace *ew_workspace_new(const ew_card *c, int rows) {
-    const int qkv = up16(c->heads * c->head_dim) + 2 * up16(c->kv_heads * c->head_dim);
-    const int wide = qkv > c->ffn ? (qkv > c->hidden ? qkv : up16(c->hidden)) : (c->ffn > c->hidden ? c->ffn : up16(c->hidden));
-    const int inputs = wide > c->heads * c->head_dim ? wide : c->heads * c->head_dim;
+    const int mixed = c->heads * c->head_dim, qkv = mixed + 2 * c->kv_heads * c->head_dim;
+    const int wide = qkv > c->hidden ? qkv : c->hidden, inputs = mixed > c->hidden ? mixed : c->hidden;
     ew_workspace *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     s->places = threads > c->kv_heads ? threads : c->kv_heads, s->spans = (c->capacity + EW_SPAN - 1) / EW_SPAN;
     const size_t parts = (size_t)s->places * s->spans * EW_TILES;
     s->wide = aligned((size_t)rows * wide * 4);
-    s->mixed = aligned((size_t)rows * c->heads * c->head_dim * 4);
+    s->mixed = aligned((size_t)rows * mixed * 4);
     s->normed = aligned((size_t)rows * c->hidden * 4);
     s->parts = aligned(parts * sizeof(ew_part));
     s->mixes = aligned(parts * c->head_dim * 4);
     s->codes = aligned((size_t)rows * inputs);
-    s->factors = aligned((size_t)rows * (inputs / EW_BLOCK + 1) * sizeof(ew_factor));
-    if (!s->wide || !s->mixed || !s->normed || !s->parts || !s->mixes || !s->codes || !s->factors) {
+    s->factors = aligned((size_t)rows * (inputs / EW_BLOCK) * sizeof(ew_factor));
+    s->gated_codes = aligned((size_t)rows * c->ffn);
+    s->gated_factors = aligned((size_t)rows * (c->ffn / EW_BLOCK) * sizeof(ew_factor));
+    if (!s->wide || !s->mixed || !s->normed || !s->parts || !s->mixes || !s->codes || !s->factors || !s->gated_codes ||
+        !s->gated_factors) {
         ew_workspace_free(s);
         return NULL;
     }
     return s;
 }
 
-static void quantize_tile(void *context, int tile, int thread) {
+/* x += scale * norm(part + bias), `part` in p->wide. */
+static void join_row(const pass *p, int row) {
+    const int size = p->card->hidden;
+    float *part = p->wide + (size_t)row * size;
+    if (p->bias) kernels->join(part, p->bias, 1, size);
+    if (p->post_norm) kernels->norm(part, p->post_norm, p->card->norm_eps, size, part);
+    kernels->join(p->x + (size_t)row * size, part, p->card->residual_scale, size);
+}
+
+static void join_tile(void *context, int tile, int thread) {
     (void)thread;
+    const pass *p = context;
+    for (int row = tile_start(p->rows, tile); row < tile_start(p->rows, tile + 1); row++) join_row(p, row);
+}
+
+/* The join is left to the next step, which takes x row by row. */
+static void join_later(pass *p, const float *bias, const float *post_norm) {
+    p->joining = 1, p->bias = bias, p->post_norm = post_norm;
+}
+
+static void join_now(pass *p) {
+    if (p->joining) ew_parallel(tiles_of(p->rows), join_tile, p);
+    p->joining = 0;
+}
+
+static void quantize_tile(void *context, int tile, int thread) {
     const pass *p = context;
     const int first = tile_start(p->rows, tile), rows = tile_start(p->rows, tile + 1) - first, inputs = p->a.inputs;
     int8_t *codes = p->a.codes + (size_t)first * inputs;
     ew_factor *factors = p->a.factors + (size_t)first * (inputs / EW_BLOCK);
+    if (p->joining) join_tile(context, tile, thread);
     for (int m = 0; m < rows; m++) {
         const float *x = p->source + (size_t)(first + m) * inputs;
         float *normed = p->normed + (size_t)(first + m) * inputs;
@@ -365,19 +391,12 @@ static void quantize_tile(void *context, int tile, int thread) {
     }
 }
 
-/* Rows of `source` [rows][inputs] to int8, normed before if there is a weight. */
+/* Rows of `source` [rows][inputs] to int8, normed before if there is a weight; with what x still is to get. */
 static void quantize(pass *p, const float *source, int inputs, const float *weight) {
     p->source = source, p->weight = weight;
     p->a = (ew_activations){p->rows, inputs, p->a.codes, p->a.factors};
     ew_parallel(tiles_of(p->rows), quantize_tile, p);
-}
-
-static void rotate(float *restrict x, const float *restrict cos, const float *restrict sin, int half) {
-    for (int i = 0; i < half; i++) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a * cos[i] - b * sin[i];
-        x[i + half] = b * cos[i] + a * sin[i];
-    }
+    p->joining = 0;
 }
 
 /* Norm and rotation of the queries or keys of one row. */
@@ -388,14 +407,8 @@ static void turn_heads(const pass *p, float *heads, int count, int position, con
     for (int h = 0; h < count; h++) {
         float *x = heads + h * c->head_dim;
         if (weight && !c->whole_norm) kernels->norm(x, weight, c->norm_eps, c->head_dim, x);
-        rotate(x, p->layer->cos + (size_t)position * half, p->layer->sin + (size_t)position * half, half);
+        kernels->rotate(x, p->layer->cos + (size_t)position * half, p->layer->sin + (size_t)position * half, half);
     }
-}
-
-static uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* Bias, norms and rotation of one row's queries, keys and values; keys and values go to their places. */
@@ -403,15 +416,18 @@ static void place_row(const pass *p, int row) {
     const ew_card *c = p->card;
     const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, at = p->position + row;
     float *queries = p->wide + (size_t)row * (q + 2 * kv), *keys = queries + q, *values = keys + kv;
-    if (p->layer->qkv_bias) add(queries, p->layer->qkv_bias, q + 2 * kv);
+    uint16_t kept[EW_HEAD_DIM];
+    if (p->layer->qkv_bias) kernels->join(queries, p->layer->qkv_bias, 1, q + 2 * kv);
     turn_heads(p, queries, c->heads, at, p->layer->q_norm);
     turn_heads(p, keys, c->kv_heads, at, p->layer->k_norm);
     for (int h = 0; h < c->kv_heads; h++, keys += c->head_dim, values += c->head_dim) {
         const size_t head = (size_t)h * c->capacity * c->head_dim;
         uint16_t *k = p->kv->keys + head + (size_t)(at / 16) * 16 * c->head_dim + at % 16 * 2;
         uint16_t *v = p->kv->values + head + (size_t)(at / 2) * 2 * c->head_dim + at % 2;
-        for (int d = 0; d < c->head_dim; d++) k[d / 2 * 32 + d % 2] = to_bfloat16(keys[d]);
-        for (int d = 0; d < c->head_dim; d++) v[2 * d] = to_bfloat16(values[d]);
+        kernels->shorten(keys, c->head_dim, kept);
+        for (int d = 0; d < c->head_dim; d += 2) memcpy(k + 16 * d, kept + d, 4);
+        kernels->shorten(values, c->head_dim, kept);
+        for (int d = 0; d < c->head_dim; d++) v[2 * d] = kept[d];
         if (at % 2 == 0) /* the next position weighs 0 until it is written, which makes 0 only of finite numbers */
             for (int d = 0; d < c->head_dim; d++) v[2 * d + 1] = 0;
     }
@@ -506,33 +522,13 @@ static void attend(pass *p) {
     }
 }
 
-/* x += scale * norm(part + bias), `part` in p->wide. */
-static void join_row(const pass *p, int row) {
-    const int size = p->card->hidden;
-    float *part = p->wide + (size_t)row * size;
-    if (p->bias) add(part, p->bias, size);
-    if (p->weight) kernels->norm(part, p->weight, p->card->norm_eps, size, part);
-    kernels->join(p->x + (size_t)row * size, part, p->card->residual_scale, size);
-}
-
-static void join_tile(void *context, int tile, int thread) {
-    (void)thread;
-    const pass *p = context;
-    for (int row = tile_start(p->rows, tile); row < tile_start(p->rows, tile + 1); row++) join_row(p, row);
-}
-
-static void join(pass *p, const float *bias, const float *weight) {
-    p->bias = bias, p->weight = weight;
-    ew_parallel(tiles_of(p->rows), join_tile, p);
-}
-
 static void multiply_into(const pass *p, const ew_matrix *w, float *out, int stride) {
     multiply(&(product){.w = w, .x = &p->a, .out = out, .stride = stride});
 }
 
 /* ---- watching: what took how long, for `edgewise profile` ---- */
 
-#define STEPS(X) X(norm) X(qkv) X(place) X(attend) X(round) X(o) X(add) X(ffn_norm) X(gate_up) X(ffn_round) X(down) X(ffn_add) X(head_norm) X(head)
+#define STEPS(X) X(norm) X(qkv) X(place) X(attend) X(round) X(o) X(ffn_norm) X(gate_up) X(down) X(add) X(head_norm) X(head)
 #define NUMBER(name) step_##name,
 #define NAME(name) #name " "
 enum { STEPS(NUMBER) };
@@ -579,10 +575,10 @@ static void products_of_qkv(pass *p) {
 static void product_of_gate_and_up(pass *p) {
     const ew_layer *l = p->layer;
     const int ffn = p->card->ffn, fused = l->gate_up[1] == NULL;
+    p->gated.rows = p->rows;
     multiply(&(product){.w = l->gate_up[0],
                         .x = &p->a,
-                        .out = p->wide,
-                        .stride = ffn,
+                        .gated = &p->gated,
                         .up = fused ? l->gate_up[0] : l->gate_up[1],
                         .up_group = fused ? ffn / EW_COLUMNS : 0,
                         .gelu = p->card->gelu,
@@ -612,7 +608,7 @@ static void attention(pass *p) {
     STEP(attend, attend(p));
     STEP(round, quantize(p, p->mixed, c->heads * c->head_dim, NULL));
     STEP(o, multiply_into(p, l->o, p->wide, c->hidden));
-    STEP(add, join(p, l->o_bias, l->attention_post_norm));
+    join_later(p, l->o_bias, l->attention_post_norm);
 }
 
 static void feed_forward(pass *p) {
@@ -620,17 +616,19 @@ static void feed_forward(pass *p) {
     const ew_layer *l = p->layer;
     STEP(ffn_norm, quantize(p, p->x, c->hidden, l->ffn_norm));
     STEP(gate_up, product_of_gate_and_up(p));
-    STEP(ffn_round, quantize(p, p->wide, c->ffn, NULL));
-    STEP(down, multiply_into(p, l->down, p->wide, c->hidden));
-    STEP(ffn_add, join(p, l->down_bias, l->ffn_post_norm));
+    STEP(down, multiply(&(product){.w = l->down, .x = &p->gated, .out = p->wide, .stride = c->hidden}));
+    join_later(p, l->down_bias, l->ffn_post_norm);
 }
+
+static void finish(pass *p) { STEP(add, join_now(p)); }
 
 /* Run rows of `x` [rows][hidden] at `position` through the layers, in place. The last layer gives the last `wanted` rows
    only; what stands in the others then is undefined. */
 EXPORT void ew_layers(const ew_card *card, const ew_layer *layers, const ew_kv *kv, int count, ew_workspace *s, int position,
                      int rows, int wanted, float *x) {
     pass p = {.card = card, .position = position, .rows = rows, .x = x, .wide = s->wide, .mixed = s->mixed, .normed = s->normed,
-              .a = {.codes = s->codes, .factors = s->factors}};
+              .a = {.codes = s->codes, .factors = s->factors},
+              .gated = {.inputs = card->ffn, .codes = s->gated_codes, .factors = s->gated_factors}};
     p.places = s->places, p.spans = s->spans, p.parts = s->parts, p.mixes = s->mixes;
     for (int i = 0; i < count; i++) {
         p.layer = layers + i, p.kv = kv + i, p.number = i;
@@ -640,6 +638,7 @@ EXPORT void ew_layers(const ew_card *card, const ew_layer *layers, const ew_kv *
         attention(&p);
         feed_forward(&p);
     }
+    finish(&p);
 }
 
 /* logits [rows][stride] = w · norm(x); rows at most those of the workspace, stride at least outputs rounded up to 16. */

@@ -264,6 +264,21 @@ static void join(float *x, const float *part, float scale, int size) {
     for (int i = 0; i < size; i += EW_LANES) store(x + i, load(x + i) + scale * load(part + i));
 }
 
+/* Element i of the first half turns with element i of the second. */
+static void rotate(float *restrict x, const float *restrict cos, const float *restrict sin, int half) {
+    for (int i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+/* To the nearest bfloat16, of two the even one. */
+static void shorten(const float *x, int size, uint16_t *out) {
+    const uint32_t *bits = (const uint32_t *)x;
+    for (int i = 0; i < size; i++) out[i] = (uint16_t)((bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
+}
+
 static void gate(const float *gate, const float *up, int gelu, int size, float *out) {
     for (int i = 0; i < size; i += EW_LANES) {
         vec g = load(gate + i);
@@ -424,4 +439,4 @@ static void combine(int spans, const ew_part *parts, const float *mixed, int str
     for (int i = 0; i < head_dim; i += EW_LANES) store(out + i, load(out + i) / total);
 }
 
-const ew_kernels EW_KERNELS = {EW_NAME, EW_TILE, matmul, quantize, norm, join, gate, attend, combine};
+const ew_kernels EW_KERNELS = {EW_NAME, EW_TILE, matmul, quantize, norm, join, rotate, shorten, gate, attend, combine};

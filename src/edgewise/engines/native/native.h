@@ -89,6 +89,8 @@ typedef struct {
     void (*quantize)(const float *x, int inputs, int rows, int row, int8_t *codes, ew_factor *factors);
     void (*norm)(const float *x, const float *weight, float eps, int size, float *out);
     void (*join)(float *x, const float *part, float scale, int size);
+    void (*rotate)(float *x, const float *cos, const float *sin, int half);
+    void (*shorten)(const float *x, int size, uint16_t *out); /* to bfloat16 */
     void (*gate)(const float *gate, const float *up, int gelu, int size, float *out);
     void (*attend)(const ew_attention *a, int queries, const float *const *q, const int *begin, const int *end, ew_part *parts,
                    float *out);
