@@ -21,9 +21,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("src/edgewise/engines/native")
 LIBRARY = NATIVE / "blocks.so"
-COMMON = shlex.split(
-    "-std=gnu11 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-strict-aliasing -Wall -Wextra -Wno-psabi"
-)
+COMMON = shlex.split("-std=gnu11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi")
+COMMON += shlex.split("-ffp-contract=fast -fno-math-errno -fno-strict-aliasing")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DEW_LANES=8", "-DEW_TILE=4"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 AVX512 += ["-DEW_LANES=16", "-DEW_TILE=12"]

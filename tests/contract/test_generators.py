@@ -282,7 +282,7 @@ async def test_four_at_once_are_answered_as_each_alone(generator: Generator) -> 
 
 
 async def test_close_is_idempotent_and_final(subject: Subject) -> None:
-    running = asyncio.ensure_future(read(subject.generator, ask(max_tokens=400)))
+    running = asyncio.ensure_future(read(subject.generator, ask(max_tokens=LONG)))
     await asyncio.to_thread(eventually, subject.busy)
     await subject.generator.close()
     await subject.generator.close()
