@@ -127,7 +127,7 @@ def test_turns_go_round_and_a_failure_ends_one_part_only() -> None:
             raise TurnFailed("it broke")
         return {"n": number}
 
-    taken = take_turns(["a", "b", "c"], 3, turn)
+    taken = take_turns(["a", "b", "c"], 3, turn, pause_s=0)
     assert asked == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("c", 1), ("a", 2), ("c", 2)]
     assert taken["b"] == Taken([{"n": 0}], "it broke")
     assert [result["n"] for result in taken["c"].results] == [0, 1, 2]

@@ -21,6 +21,7 @@ from typing import Any
 from edgewise.errors import EngineError
 
 WORKER = "edgewise.bench.worker"
+PAUSE_S = 1.0
 TAIL = 400  # characters of a failed process's last words
 
 
@@ -36,12 +37,16 @@ class Taken:
     failed: str | None = None
 
 
-def take_turns(names: Sequence[str], rounds: int, turn: Callable[[str, int], dict[str, Any]]) -> dict[str, Taken]:
-    """`turn(name, round)` for A, B, C, A, B, C, …; whoever raises TurnFailed is not asked again."""
+def take_turns(
+    names: Sequence[str], rounds: int, turn: Callable[[str, int], dict[str, Any]], pause_s: float = PAUSE_S
+) -> dict[str, Taken]:
+    """`turn(name, round)` for A, B, C, A, B, C, …, each after a pause: the system is still busy with what a process of
+    many threads and much memory left. Whoever raises TurnFailed is not asked again."""
     taken = {name: Taken([]) for name in names}
     for number in range(rounds):
         for name in names:
             if taken[name].failed is None:
+                time.sleep(pause_s)
                 try:
                     taken[name].results.append(turn(name, number))
                 except TurnFailed as e:
