@@ -2,7 +2,8 @@
 
     python benchmarks/fidelity.py [--models smollm2-135m,gemma-3-270m] [--tokens 2000] [--text FILE] [--json]
 
-Each bundle (exact weights with fp32 and int8 activations, requantized ones) and the reference see the same token ids.
+Each bundle (exact weights with fp32 and int8 activations, requantized ones), on each runtime that takes it, and the
+reference see the same token ids.
 Needs the test environment (torch, transformers); the text is docs/formats/*.md unless a file is given.
 """
 
@@ -21,7 +22,7 @@ import torch
 
 from edgewise.bench.measure import Measurement, typed
 from edgewise.engines.base import Row
-from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.engines.load import Runtime, chosen_runtime, local_model
 from edgewise.evaluate.divergence import Divergence
 from edgewise.evaluate.perplexity import Perplexity
 from edgewise.models.bundle import Bundle
@@ -90,7 +91,7 @@ def main() -> None:
         print(path.read_text())
     else:
         for name, row in rows.items():
-            print(f"{name:40}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+            print(f"{name:54}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 
 
 def judged(name: str, text: Path | None, tokens: int) -> dict[str, dict[str, float]]:
@@ -101,8 +102,11 @@ def judged(name: str, text: Path | None, tokens: int) -> dict[str, dict[str, flo
     ids, reference = teacher(path, next(iter(bundles.values())), text, tokens)
     perplexity = Perplexity()
     perplexity.add(reference[:-1], ids[1:])
-    rows = {made: asyncio.run(judge(its, ids, reference)) for made, its in bundles.items()}
-    return {"reference": {"perplexity": perplexity.result()}, **rows}
+    rows = {"reference": {"perplexity": perplexity.result()}}
+    for made, its in bundles.items():
+        for runtime in sorted({chosen_runtime(its), "onnxruntime"}):
+            rows[f"{made}, {runtime}"] = asyncio.run(judge(its, runtime, ids, reference))
+    return rows
 
 
 def teacher(gguf: Path, of: Bundle, text: Path | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,8 +124,8 @@ def bundle(gguf: Path, name: str, recipe: dict[str, Any]) -> Bundle:
     return pull(str(gguf), home=HOME, name=made, accept_licence=True, **recipe)
 
 
-async def judge(its: Bundle, ids: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    lm = OnnxLM(its, slots=1, context=len(ids))
+async def judge(its: Bundle, runtime: Runtime, ids: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    lm = local_model(its, runtime=runtime, slots=1, context=len(ids))
     await lm.open("s", len(ids))
     divergence, perplexity = Divergence(), Perplexity()
     for start in range(0, len(ids), CHUNK):

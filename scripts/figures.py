@@ -23,8 +23,9 @@ def page() -> str:
 
 
 def section(name: str) -> str:
-    measurement = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    head, *rows = TABLES[name](measurement)
+    file, made = TABLES[name]
+    measurement = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    head, *rows = made(measurement)
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"\n{table}\n\n{provenance(measurement)}\n\n"
@@ -65,6 +66,24 @@ def interval(figure: dict[str, Any]) -> str:
     return f"{figure['median']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
+TARGETS = (  # of the cell of 512 tokens: figure, whose ratios, name of the ratio, least or most, and how much
+    ("prefill", "ratio_to_best", "prefill_tok_s", ">=", 1.5),
+    ("decode, fast", "ratio_to_best", "decode_tok_s", ">=", 1.2),
+    ("decode, stable", "ratio_to_best_stable", "decode_tok_s", ">=", 1.05),
+    ("cold start, fast", "llamacpp", "cold_start_s", "<=", 0.85),
+    ("peak memory, fast", "llamacpp", "peak_rss_bytes", "<=", 1.3),
+)
+
+
+def targets(measurement: Measurement) -> Rows:
+    yield ["figure", "compared with", "ratio", "wanted", ""]
+    cell = next(cell for cell in measurement["results"]["cells"] if cell["prompt_tokens"] == 512)
+    for name, whose, key, bound, wanted in TARGETS:
+        ratio = cell[whose][key] if whose in cell else cell["ratio_to"][whose][key]
+        met = ratio["median"] >= wanted if bound == ">=" else ratio["median"] <= wanted
+        yield [name, ratio.get("best", whose), interval(ratio), f"{bound} {wanted}", "met" if met else "missed"]
+
+
 def fidelity(measurement: Measurement) -> Rows:
     yield ["bundle", "mean KL, nats", "p99 KL", "top-1 agreement", "perplexity"]
     for name, row in measurement["results"].items():
@@ -79,6 +98,13 @@ def block_size(measurement: Measurement) -> Rows:
         yield [layers, *(interval(row[key]) for key in ("prefill_tok_s", "decode_tok_s"))]
 
 
+def node(measurement: Measurement) -> Rows:
+    yield ["tokens come", "node", "CPU time a token, us", "added latency p50, us"]
+    for name, found in measurement["results"].items():
+        for kind in ("cloud", "serve"):
+            yield [name, kind, interval(found[kind]["cpu_us"]), interval(found[kind]["added_us"])]
+
+
 def breaker(measurement: Measurement) -> Rows:
     results = measurement["results"]
     yield ["figure", "ms"]
@@ -89,11 +115,14 @@ def breaker(measurement: Measurement) -> Rows:
     yield [f"first hard request, deadline {first['deadline_ms']:g} ms: {first['route']}", f"{first['took_ms']:.0f}"]
 
 
-TABLES: dict[str, Callable[[Measurement], Rows]] = {
-    "engines": engines,
-    "fidelity": fidelity,
-    "block_size": block_size,
-    "breaker": breaker,
+TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
+    "engines": ("engines", engines),
+    "engines_targets": ("engines", targets),
+    "engines_gemma": ("engines_gemma", engines),
+    "fidelity": ("fidelity", fidelity),
+    "block_size": ("block_size", block_size),
+    "node": ("node", node),
+    "breaker": ("breaker", breaker),
 }
 
 
