@@ -14,7 +14,7 @@ from edgewise.errors import BundleError, ModelError, RequestError, SourceError, 
 from edgewise.models.gguf import GGUF
 from edgewise.models.pretokenize import PRE_TOKENIZERS
 from edgewise.models.tokenizer import CONFIG, TEMPLATE, TOKENIZER, Tokenizer
-from edgewise.models.tokenizer_writer import write_from_gguf, write_from_hf
+from edgewise.models.tokenizer_writer import _quick, write_from_gguf, write_from_hf
 from edgewise.types import Message
 from vocabularies import SPECIALS, LlamaTokenizer, byte_level_gguf, sentencepiece_gguf, strings
 
@@ -81,6 +81,16 @@ def test_every_name_of_a_rule_is_llama_cpps(tmp_path: Path) -> None:
         judge, tokenizer = LlamaTokenizer(gguf), carried(gguf, tmp_path / pre)
         assert differing(tokenizer, judge, texts) == [], pre
         assert tokenizer.encode("a") == judge.one("a"), pre
+
+
+def test_merges_are_strings_where_those_are_clear(tmp_path: Path) -> None:
+    carried(byte_level_gguf(tmp_path / "v.gguf", "gpt-2"), tmp_path / "bytes")
+    merges = json.loads((tmp_path / "bytes" / "tokenizer.json").read_bytes())["model"]["merges"]
+    assert merges and all(isinstance(merge, str) for merge in merges)
+    unclear = Core(models.BPE(vocab={"a": 0, " b": 1, "a b": 2}, merges=[("a", " b")])).to_str()
+    assert _quick(unclear) == unclear
+    comment = Core(models.BPE(vocab={"#version": 0, "a": 1, "#versiona": 2}, merges=[("#version", "a")])).to_str()
+    assert _quick(comment) == comment
 
 
 def test_bytes_without_a_token_part_their_neighbours(tmp_path: Path) -> None:

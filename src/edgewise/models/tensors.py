@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +23,8 @@ Array = npt.NDArray[Any]
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _TYPE, _NAME, _RAW, _EXTERNAL = 1, 2, 8, 9, 13
 _KEY, _VALUE = 1, 2
-_TYPES: dict[int, Any] = {1: np.float32, 2: np.uint8, 6: np.int32, 7: np.int64, 10: np.float16, 16: ml_dtypes.bfloat16}
+_TYPES: dict[int, Any] = {1: np.float32, 2: np.uint8, 6: np.int32, 7: np.int64, 10: np.float16}
+_BFLOAT16 = 16
 
 
 class Tensors(Mapping[str, Array]):
@@ -173,7 +173,15 @@ class _Tensor:
                 entry = {n: bytes(v).decode() for n, v in _fields(value)}
                 external[entry[_KEY]] = entry[_VALUE]
         place = (external["location"], int(external["offset"]), int(external["length"])) if external else ()
-        return _Tensor(name, _TYPES[kind], tuple(shape), raw, *place)
+        return _Tensor(name, _type(kind), tuple(shape), raw, *place)
+
+
+def _type(kind: int) -> Any:
+    if kind == _BFLOAT16:
+        import ml_dtypes  # not needed where the packed weights are at hand
+
+        return ml_dtypes.bfloat16
+    return _TYPES[kind]
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
