@@ -47,7 +47,7 @@ class NativeHook(BuildHookInterface):  # type: ignore[type-arg]
     def _compile(self, root: Path) -> str | None:
         """Why there is no library; None if there is one now."""
         (root / LIBRARY).unlink(missing_ok=True)
-        compiler = shlex.split(os.environ.get("CC", "cc"))
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
         if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform == "win32":
             return f"they are not written for {platform.machine()} on {sys.platform}"
         if shutil.which(compiler[0]) is None:

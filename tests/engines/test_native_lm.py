@@ -3,9 +3,13 @@ weight type; and against themselves, bit for bit, however rows come."""
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import gguf
@@ -188,23 +192,132 @@ def test_what_the_kernels_cannot_run_goes_to_onnxruntime(tmp_path: Path) -> None
 
 async def test_two_models_at_once(tmp_path: Path) -> None:
     """One pool serves both; who finds it taken computes alone."""
-    import threading
-
     bundle = of_gguf(tiny("llama"), gguf.GGMLQuantizationType.Q4_1, tmp_path)
     ids = np.random.default_rng(5).integers(0, VOCAB, 120)
     want = await fed(NativeLM(bundle, slots=1, context=128), ids, [120])
     results: list[np.ndarray] = []
 
     def run() -> None:
-        import asyncio
-
         lm = NativeLM(bundle, slots=1, context=128)
         results.extend(asyncio.run(fed(lm, ids, [1] * 120)) for _ in range(3))
 
-    threads = [threading.Thread(target=run) for _ in range(3)]
+    threads = [Thread(target=run) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 9
     assert all(np.array_equal(want, got) for got in results)
+
+
+def steps(bundle: Bundle) -> Iterator[native_lm.Watched]:
+    with native_lm.watching() as watch:
+        asyncio.run(fed(NativeLM(bundle, slots=1), np.arange(40), [39, 1]))
+        return watch.finish()
+
+
+def test_what_was_watched_outlives_the_watch(tmp_path: Path) -> None:
+    bundle = of_gguf(tiny("llama"), gguf.GGMLQuantizationType.Q4_1, tmp_path)
+    found = list(steps(bundle))
+    assert [step.step for step in found if step.layer == 1] == [step.step for step in found if step.layer == 0]
+    assert all(0 < step.start <= step.end for step in found)
+
+
+# ---- what a process does to its threads ----
+
+PRELUDE = """
+import asyncio, os, sys, threading, time
+from pathlib import Path
+import numpy as np
+from edgewise.engines import local, native_lm
+from edgewise.engines.base import Row
+from edgewise.engines.native_lm import NativeLM
+from edgewise.models.bundle import Bundle
+
+def model():
+    return NativeLM(Bundle.open(Path(sys.argv[1]), check=False), slots=1)
+
+async def answer(lm, rows, single=0):
+    await lm.open("s", lm.context)
+    (logits,) = await lm.forward([Row("s", 0, np.arange(rows) % lm.vocab, 1)])
+    for i in range(single):
+        (logits,) = await lm.forward([Row("s", rows + i, np.array([i]), 1)])
+    await lm.close("s")
+    return logits.copy()
+
+def native_threads():
+    time.sleep(0.05)  # a thread that was joined may still be on its way out
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+"""
+
+
+def run(script: str, bundle: Bundle) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script, str(bundle.path)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Bundle:
+    model = tiny("llama", max_position_embeddings=4096, **WIDE)
+    return of_gguf(model, gguf.GGMLQuantizationType.Q4_0, tmp_path)
+
+
+def test_a_process_may_end_while_a_model_computes(wide: Bundle) -> None:
+    script = """
+lm = model()
+def for_ever():
+    while True:
+        asyncio.run(answer(lm, 4096))
+threading.Thread(target=for_ever, daemon=True).start()
+time.sleep(0.2)
+"""
+    for _ in range(3):
+        run(script, wide)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_are_started_once(wide: Bundle) -> None:
+    script = """
+local.set_threads(9)
+before, gate = native_threads(), threading.Barrier(16)
+def first():
+    gate.wait()
+    native_lm.start()
+threads = [threading.Thread(target=first) for _ in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert native_threads() - before == 8, native_threads() - before
+"""
+    for _ in range(5):
+        run(script, wide)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_forked_child_computes(wide: Bundle) -> None:
+    """Whatever the threads were at: they are not in the child, nor is what they held."""
+    script = """
+local.set_threads(4)
+lm = model()
+want = asyncio.run(answer(lm, 40, 3))
+
+def child():
+    assert np.array_equal(want, asyncio.run(answer(lm, 40, 3)))
+    assert np.array_equal(want, asyncio.run(answer(model(), 40, 3)))
+    assert native_threads() == 3
+
+for n in range(50):
+    asyncio.run(answer(lm, 2))
+    time.sleep(n % 25 * 1e-4)  # until about when they go to sleep
+    pid = os.fork()
+    if not pid:
+        try:
+            child()
+        except BaseException as e:
+            print(e, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+    run(script, wide)

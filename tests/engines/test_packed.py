@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,7 +17,7 @@ from edgewise.engines import native_lm, packed
 from edgewise.engines.base import Row
 from edgewise.engines.native_lm import NativeLM
 from edgewise.errors import HashMismatch
-from edgewise.models.bundle import Bundle
+from edgewise.models.bundle import MANIFEST, Bundle
 from edgewise.models.source import pull
 from tiny import save_gguf, tiny
 
@@ -41,7 +43,7 @@ async def logits(bundle: Bundle) -> np.ndarray:
 def opened(bundle: Bundle) -> packed.Packed | None:
     library = native_lm._library()
     assert library is not None
-    return packed.opened(bundle, library.ew_checksum)
+    return packed.opened(bundle, partial(native_lm._shapes, bundle.card), library.ew_checksum)
 
 
 def rewrite(bundle: Bundle, **changes: object) -> None:
@@ -110,6 +112,41 @@ async def test_an_index_that_cannot_be_written_leaves_nothing(bundle: Bundle, mo
     monkeypatch.undo()
     assert list(bundle.path.glob(".packed*")) == []
     assert np.array_equal(first, await logits(bundle))
+
+
+async def test_of_two_that_pack_at_once_one_is_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = packed._keep
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.setattr(packed, "_keep", keep)
+        NativeLM(Bundle.open(bundle.path, check=False), slots=1)  # which clears away what the first one has so far
+        keep(*arguments)
+
+    monkeypatch.setattr(packed, "_keep", late)
+    first = await logits(bundle)
+    assert opened(bundle) is not None
+    assert sorted(path.name for path in bundle.path.glob(".packed*")) == [packed.DATA, packed.INDEX]
+    assert np.array_equal(first, await logits(bundle))
+
+
+async def test_of_a_bundle_that_is_replaced_meanwhile_nothing_is_kept(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, read = bundle.path / MANIFEST, native_lm.vectors
+
+    def replaced(bundle: Bundle) -> Any:
+        manifest.write_bytes(manifest.read_bytes() + b" ")
+        return read(bundle)
+
+    monkeypatch.setattr(native_lm, "vectors", replaced)
+    await logits(bundle)
+    assert opened(bundle) is None
+
+
+async def test_who_may_read_the_bundle_may_read_the_cache(bundle: Bundle) -> None:
+    await logits(bundle)
+    mode = (bundle.path / MANIFEST).stat().st_mode
+    assert {(bundle.path / file).stat().st_mode for file in (packed.DATA, packed.INDEX)} == {mode}
 
 
 async def test_damaged_weights_are_not_packed(bundle: Bundle) -> None:

@@ -7,11 +7,13 @@ whether it was decoded, prefilled, chunked or repeated after a rewind: both nume
 from __future__ import annotations
 
 import ctypes as c
+import errno
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ import numpy as np
 
 from edgewise.engines import packed
 from edgewise.engines.local import CHUNK, LocalModel, fixed_threads, untouched
-from edgewise.errors import EngineError, UsageError
-from edgewise.models.bundle import Bundle
-from edgewise.models.card import Card
+from edgewise.errors import BundleError, EngineError, UsageError
+from edgewise.models.bundle import MANIFEST, Bundle, sha256
+from edgewise.models.card import Card, Rope
 from edgewise.models.tensors import EMBED, FINAL_NORM, HEAD, VECTORS, Array, embedding, matrices, vectors
 from edgewise.models.weights import BLOCK, Dense, Matrix, Quantized
 from edgewise.settings import ModelSettings
@@ -32,6 +34,8 @@ LIBRARY = Path(__file__).parent / "native" / "blocks.so"
 MOST_SPANS = 1 << 22  # of a recording: 100 MB at most
 COLUMNS = packed.COLUMNS
 MOST_HEAD = 256  # dimensions of the largest head
+MOST_SIZE, MOST_ROWS = 1 << 20, 1 << 30  # of rows, of a table of rows: C's ints hold what is made of them
+FIRST_TURNS = 8192  # positions whose rotation is computed at first
 
 
 class _Card(c.Structure):
@@ -106,6 +110,11 @@ def probe() -> str | None:
     return start()
 
 
+if hasattr(os, "register_at_fork"):
+    # A forked child has no threads but its own: its first model starts new ones. One that came with it computes alone.
+    os.register_at_fork(after_in_child=probe.cache_clear)
+
+
 class _Span(c.Structure):
     _fields_ = (("start", c.c_int64), ("end", c.c_int64), ("layer", c.c_int), ("step", c.c_int))
 
@@ -125,8 +134,7 @@ class Watch:
 
     def __init__(self, library: c.CDLL) -> None:
         self._library = library
-        self._room = untouched(np.uint8, MOST_SPANS * c.sizeof(_Span))  # memory comes as it is written
-        library.ew_watch(self._room.ctypes.data, MOST_SPANS)
+        library.ew_watch(_room_of_spans().ctypes.data, MOST_SPANS)
 
     def finish(self) -> Iterator[Watched]:
         """End it. UsageError if there were more steps than there is room for."""
@@ -134,8 +142,14 @@ class Watch:
         if count >= MOST_SPANS:
             raise UsageError(f"this ran more than the {MOST_SPANS} steps that can be recorded", hint="record less")
         names = self._library.ew_steps().decode().split()
-        spans = (_Span * count).from_address(self._room.ctypes.data)
+        spans = (_Span * count).from_address(_room_of_spans().ctypes.data)
         return (Watched(one.layer, names[one.step], one.start, one.end) for one in spans)
+
+
+@cache
+def _room_of_spans() -> Array:
+    """For the life of the process: a model that computes as a watch ends may still note a step."""
+    return untouched(np.uint8, MOST_SPANS * c.sizeof(_Span))  # memory comes as it is written
 
 
 @contextmanager
@@ -159,7 +173,8 @@ class _Memory:
 
 
 class NativeLM(LocalModel[_Memory]):
-    """A bundle as a TokenModel on the native kernels. EngineError if `why_not` says so, or if memory is out."""
+    """A bundle as a TokenModel on the native kernels. EngineError if `why_not` says so, or if memory is out;
+    BundleError if its tensors are not those of its card."""
 
     KV_BYTES = 2
 
@@ -168,7 +183,8 @@ class NativeLM(LocalModel[_Memory]):
         reason = _unfit(bundle)
         if reason is not None:
             raise _cannot(bundle, reason)
-        self._weights = _Weights(bundle, self.context)
+        with _enough_memory():
+            self._weights = _Weights(bundle, self.context)
         self.weight_bytes = self._weights.bytes  # that decoding one token reads
 
     @staticmethod
@@ -176,12 +192,14 @@ class NativeLM(LocalModel[_Memory]):
         """Why these kernels cannot run the bundle; None if they can."""
         reason = _unfit(bundle)
         if reason is None and packed.indexed(bundle) is None:
-            dense = (name for name, matrix in matrices(bundle).items() if isinstance(matrix, Dense))
+            with _as_on_the_card(bundle):
+                dense = [name for name, matrix in matrices(bundle).items() if isinstance(matrix, Dense)]
             return next(map(_not_quantized, dense), None)
         return reason
 
     def _new_kv(self) -> _Memory:
-        return self._weights.new_kv()
+        with _enough_memory():
+            return self._weights.new_kv()
 
     def _hidden(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
         return self._weights.run(kv, position, ids, want)
@@ -202,19 +220,22 @@ class _Weights:
         assert library is not None  # why_not was asked
         card = bundle.card
         self._library, self._card, self._capacity = library, card, -(-context // COLUMNS) * COLUMNS
-        self._packed = packed.opened(bundle, library.ew_checksum) or self._pack(bundle)
+        self._packed = packed.opened(bundle, partial(_shapes, card), library.ew_checksum) or self._pack(bundle)
         self._matrices = {name: _placed(place, self._packed.address) for name, place in self._packed.matrices.items()}
-        self._turns = {name: rope.tables(self._capacity) for name, rope in card.ropes.items()}
+        self._turns = {
+            name: _Turns(rope, self._capacity) for name, rope in card.ropes.items() if rope.inverse_frequencies
+        }
         self._layers = (_Layer * card.layers)()
         for n, layer in enumerate(self._layers):
             self._fill(layer, n)
-        self._table = None if card.tied or EMBED in self._matrices else embedding(bundle)
+        self._table = None if card.tied or EMBED in self._matrices else self._embedding(bundle)
         self._norm = self._vector(FINAL_NORM)
         self._numbers = _numbers(card, self._capacity)
         self._space = library.ew_workspace_new(c.byref(self._numbers), CHUNK)
         if self._space is None:
-            raise EngineError("there is not enough memory for the model", hint="take a smaller model or context")
+            raise MemoryError("the workspace")
         self._free = weakref.finalize(self, library.ew_workspace_free, self._space)
+        self._free.atexit = False  # a step thread may compute to the very end of the process
 
     @property
     def bytes(self) -> int:
@@ -228,7 +249,9 @@ class _Weights:
         return _Memory(arrays, entries)
 
     def run(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
-        hidden = self._embedded(np.ascontiguousarray(ids))
+        for turns in self._turns.values():
+            turns.reach(position + len(ids))
+        hidden = self._embedded(np.ascontiguousarray(ids, dtype=np.int64))
         if self._card.embedding_scale != 1:
             hidden *= np.float32(self._card.embedding_scale)
         self._library.ew_layers(
@@ -286,9 +309,9 @@ class _Weights:
         for field in VECTORS:
             setattr(layer, field, self._vector(f"layer{n}.{field}"))
         turn = self._card.rope_of(n)
-        if turn is not None:
-            cos, sin = self._turns[turn]
-            layer.cos, layer.sin, layer.turned = cos.ctypes.data, sin.ctypes.data, 2 * cos.shape[1]
+        if turn in self._turns:
+            turns = self._turns[turn]
+            layer.cos, layer.sin, layer.turned = turns.cos.ctypes.data, turns.sin.ctypes.data, 2 * turns.cos.shape[1]
         layer.window = self._card.window(n)
 
     def _matrix(self, name: str) -> int:
@@ -299,15 +322,30 @@ class _Weights:
         return None if values is None else int(values.ctypes.data)
 
     def _pack(self, bundle: Bundle) -> packed.Packed:
-        found = {name: _quantized(bundle, name, matrix) for name, matrix in matrices(bundle).items()}
+        manifest = sha256(bundle.path / MANIFEST)
+        with _as_on_the_card(bundle):
+            found = {name: _quantized(bundle, name, matrix) for name, matrix in matrices(bundle).items()}
+            rows = vectors(bundle)
+            shapes = {name: m.shape for name, m in found.items()} | {name: (v.size,) for name, v in rows.items()}
+            _compare(shapes, _shapes(bundle.card, shapes))
         return packed.made(
             bundle,
+            manifest,
             found,
-            vectors(bundle),
+            rows,
             fits_half=self._fits_half,
             pack=self._pack_one,
             checksum=self._library.ew_checksum,
         )
+
+    def _embedding(self, bundle: Bundle) -> Matrix:
+        """A table of embeddings that is not packed."""
+        with _as_on_the_card(bundle):
+            table = embedding(bundle)
+            if isinstance(table, Quantized):
+                table = _quantized(bundle, EMBED, table)
+            _compare({EMBED: table.shape}, {EMBED: (self._card.vocab, self._card.hidden)})
+            return table
 
     def _fits_half(self, matrix: Quantized) -> bool:
         kind = _Matrix(*matrix.shape, matrix.bits, matrix.block)
@@ -316,6 +354,23 @@ class _Weights:
     def _pack_one(self, matrix: Quantized, place: packed.Place, address: int) -> None:
         codes = np.ascontiguousarray(matrix.packed)
         self._library.ew_pack(c.byref(_placed(place, address)), codes.ctypes.data, *_factors(matrix))
+
+
+class _Turns:
+    """`cos` and `sin` of a rope, float32 [capacity, dims / 2], as far as positions have come: those of a context of a
+    million would take half a gigabyte, and seconds to compute."""
+
+    def __init__(self, rope: Rope, capacity: int) -> None:
+        self.cos, self.sin = (untouched(np.float32, capacity, len(rope.inverse_frequencies)) for _ in range(2))
+        self._rope, self._ready = rope, 0
+
+    def reach(self, end: int) -> None:
+        """Make those of the positions below `end`."""
+        if end > self._ready:
+            positions = min(max(end, 2 * self._ready, FIRST_TURNS), len(self.cos))
+            for room, numbers in zip((self.cos, self.sin), self._rope.tables(positions), strict=True):
+                room[self._ready : positions] = numbers[self._ready :]
+            self._ready = positions
 
 
 def _placed(place: packed.Place, address: int) -> _Matrix:
@@ -327,16 +382,84 @@ def _placed(place: packed.Place, address: int) -> _Matrix:
 def _factors(matrix: Quantized) -> tuple[int, int | None, int, int]:
     """Scales and minima as the library takes them; the matrix keeps them alive."""
     scales, minima = matrix.scales, matrix.minima
-    assert scales.flags.c_contiguous  # as a graph holds them
     if minima is None:
         return scales.ctypes.data, None, 0, 0
     return scales.ctypes.data, minima.ctypes.data, minima.strides[0] // 4, minima.strides[1] // 4
 
 
 def _quantized(bundle: Bundle, name: str, matrix: Matrix) -> Quantized:
-    if isinstance(matrix, Quantized):
-        return matrix
-    raise _cannot(bundle, _not_quantized(name))
+    """The matrix with its numbers where C can read them. ValueError if its parts are not of one matrix."""
+    if isinstance(matrix, Dense):
+        raise _cannot(bundle, _not_quantized(name))
+    codes, *factors = matrix.arrays
+    blocks = matrix.scales.shape
+    kinds = codes.dtype == np.uint8 and all(part.dtype == np.float32 for part in factors)
+    shapes = codes.shape == (*blocks, matrix.block * matrix.bits // 8) and all(part.shape == blocks for part in factors)
+    if not (kinds and shapes and len(blocks) == 2 and matrix.bits in (4, 8) and matrix.block in (16, 32)):
+        raise ValueError(f"{name} has the parts {[(part.shape, str(part.dtype)) for part in matrix.arrays]}")
+    scales, *minima = (
+        np.require(part, requirements="A") for part in factors
+    )  # small ones lie where their graph has them
+    return matrix.of([np.ascontiguousarray(codes), np.ascontiguousarray(scales), *minima])
+
+
+def _shapes(card: Card, there: Container[str]) -> packed.Shapes:
+    """Of every matrix and vector of a model of this card. Of what may be fused or not, or be an embedding of its own,
+    as it is there."""
+    heads, kept, hidden = card.heads * card.head_dim, card.kv_heads * card.head_dim, card.hidden
+    normed = card.qk_norm_sizes or (0, 0)
+    vectors = {
+        "attention_norm": hidden * card.pre_norm,
+        "q_norm": normed[0],
+        "k_norm": normed[1],
+        "attention_post_norm": hidden * card.post_norm,
+        "ffn_norm": hidden * card.pre_norm,
+        "ffn_post_norm": hidden * card.post_norm,
+        "qkv_bias": (heads + 2 * kept) * card.qkv_bias,
+        "o_bias": hidden * card.attention_out_bias,
+        "gate_up_bias": 2 * card.ffn * card.ffn_bias,
+        "down_bias": hidden * card.ffn_bias,
+    }
+    shapes: dict[str, tuple[int, ...]] = {FINAL_NORM: (hidden,), HEAD: (card.vocab, hidden)}
+    if EMBED in there and not card.tied:
+        shapes[EMBED] = shapes[HEAD]
+    for n in range(card.layers):
+        shapes |= {f"layer{n}.{name}": (count,) for name, count in vectors.items() if count}
+        shapes |= {f"layer{n}.o": (hidden, heads), f"layer{n}.down": (hidden, card.ffn)}
+        for fused, parts in (
+            ("qkv", {"q": heads, "k": kept, "v": kept}),
+            ("gate_up", dict.fromkeys(("gate", "up"), card.ffn)),
+        ):
+            outputs = {fused: sum(parts.values())} if f"layer{n}.{fused}" in there else parts
+            shapes |= {f"layer{n}.{name}": (size, hidden) for name, size in outputs.items()}
+    return shapes
+
+
+def _compare(found: packed.Shapes, wanted: packed.Shapes) -> None:
+    """ValueError if they differ."""
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(f"{name} has the shape {found.get(name)} where {wanted.get(name)} is wanted")
+
+
+@contextmanager
+def _as_on_the_card(bundle: Bundle) -> Iterator[None]:
+    """BundleError where a bundle that somebody else made has not the tensors that its card tells of."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError) as e:
+        why = f"the tensors of {bundle.name!r} are not those of its card: {e}"
+        raise BundleError(why, hint="pull the model again") from e
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, OverflowError, OSError) as e:
+        if isinstance(e, OSError) and e.errno != errno.ENOMEM:
+            raise
+        raise EngineError("there is not enough memory for the model", hint="take a smaller model or context") from e
 
 
 def _unfit(bundle: Bundle) -> str | None:
@@ -351,6 +474,8 @@ def _unfit(bundle: Bundle) -> str | None:
         return f"its sizes {sizes} are not multiples of {BLOCK}"
     if card.head_dim % COLUMNS or card.head_dim > MOST_HEAD:
         return f"its heads of {card.head_dim} are not multiples of {COLUMNS} up to {MOST_HEAD}"
+    if max(*sizes, card.layers) > MOST_SIZE or max(card.vocab, card.context) > MOST_ROWS:
+        return f"its sizes {(*sizes, card.layers, card.vocab, card.context)} are beyond all models"
     return None
 
 

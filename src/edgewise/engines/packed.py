@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ COLUMNS = 16  # outputs side by side
 ALIGNMENT = 64
 Checksum = Callable[[int, int], int]  # of bytes at an address
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Shapes = Mapping[str, tuple[int, ...]]  # of matrices (outputs, inputs), of vectors (count,)
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,6 +63,11 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     matrices: dict[str, Place]
     vectors: dict[str, Vector]
 
+    @property
+    def shapes(self) -> Shapes:
+        places, vectors = self.matrices.items(), self.vectors.items()
+        return {name: (p.outputs, p.inputs) for name, p in places} | {name: (v.count,) for name, v in vectors}
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -90,10 +96,11 @@ def indexed(bundle: Bundle) -> Index | None:
         return None
 
 
-def opened(bundle: Bundle, checksum: Checksum) -> Packed | None:
-    """What was packed before; None if it is not there, of another bundle, or damaged."""
+def opened(bundle: Bundle, wanted: Callable[[Container[str]], Shapes], checksum: Checksum) -> Packed | None:
+    """What was packed before; None if it is not there, of another bundle, or damaged. `wanted` gives the shapes of all
+    that the model reads, in one of the forms whose names are there."""
     index = indexed(bundle)
-    if index is None:
+    if index is None or index.shapes != wanted(index.shapes) or not _planned(index):
         return None
     try:
         with (bundle.path / DATA).open("rb") as file:
@@ -106,6 +113,7 @@ def opened(bundle: Bundle, checksum: Checksum) -> Packed | None:
 
 def made(
     bundle: Bundle,
+    manifest: str,
     matrices: Mapping[str, Quantized],
     vectors: Mapping[str, FloatArray],
     *,
@@ -113,11 +121,16 @@ def made(
     pack: Callable[[Quantized, Place, int], None],
     checksum: Checksum,
 ) -> Packed:
-    """Everything packed, into the bundle's directory if that can be written, else into memory. `fits_half` says whether
-    float16 holds a matrix's scales and minima exactly; `pack` writes one to its place after an address."""
+    """Everything packed, into the bundle's directory if that can be written, else into memory. `manifest` is the hash
+    of the bundle's from before the rest was read: if a pull replaces the bundle meanwhile, the index must not fit the
+    new one. `fits_half` says whether float16 holds a matrix's scales and minima exactly; `pack` writes one to its place
+    after an address. OSError if memory is out."""
     plan = _Plan()
-    places = {name: plan.matrix(matrix, 2 if fits_half(matrix) else 4) for name, matrix in matrices.items()}
-    rows = {name: Vector(values.size, plan.take(4 * values.size)) for name, values in vectors.items()}
+    places = {
+        name: plan.matrix(*m.shape, m.bits, m.block, 2 if fits_half(m) else 4, minima=m.minima is not None)
+        for name, m in matrices.items()
+    }
+    rows = {name: plan.vector(values.size) for name, values in vectors.items()}
     with _room(bundle, plan.bytes) as (memory, keep):
         packed = Packed(places, rows, memory)
         for name, values in vectors.items():
@@ -126,7 +139,7 @@ def made(
             pack(matrix, places[name], packed.address)
         if keep is not None:
             total = checksum(packed.address, plan.bytes)
-            keep(Index(LAYOUT, sha256(bundle.path / MANIFEST), plan.bytes, total, places, rows))
+            keep(Index(LAYOUT, manifest, plan.bytes, total, places, rows))
     return packed
 
 
@@ -136,18 +149,33 @@ class _Plan:
     def __init__(self) -> None:
         self.bytes = 0
 
-    def take(self, size: int) -> int:
+    def matrix(self, outputs: int, inputs: int, bits: int, block: int, factor_bytes: int, *, minima: bool) -> Place:
+        padded = -(-outputs // COLUMNS) * COLUMNS
+        factors = padded * (inputs // block) * factor_bytes
+        codes, scales = self._take(padded * inputs * bits // 8), self._take(factors)
+        return Place(outputs, inputs, bits, block, factor_bytes, codes, scales, self._take(factors) if minima else None)
+
+    def vector(self, count: int) -> Vector:
+        return Vector(count, self._take(4 * count))
+
+    def _take(self, size: int) -> int:
         at = self.bytes
         self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
         return at
 
-    def matrix(self, matrix: Quantized, factor_bytes: int) -> Place:
-        outputs, inputs = matrix.shape
-        padded = -(-outputs // COLUMNS) * COLUMNS
-        factors = padded * (inputs // matrix.block) * factor_bytes
-        codes, scales = self.take(padded * inputs * matrix.bits // 8), self.take(factors)
-        minima = None if matrix.minima is None else self.take(factors)
-        return Place(outputs, inputs, matrix.bits, matrix.block, factor_bytes, codes, scales, minima)
+
+def _planned(index: Index) -> bool:
+    """Whether everything is of a kind that the kernels know and stands where it was planned. Its shapes being right, no
+    number of the index then leads beyond the data."""
+    places = index.matrices.values()
+    if not all(p.bits in (4, 8) and p.block in (16, 32) and p.factor_bytes in (2, 4) for p in places):
+        return False
+    plan = _Plan()
+    again = [
+        plan.matrix(p.outputs, p.inputs, p.bits, p.block, p.factor_bytes, minima=p.minima is not None) for p in places
+    ]
+    vectors = [plan.vector(vector.count) for vector in index.vectors.values()]
+    return again == [*places] and vectors == [*index.vectors.values()] and plan.bytes == index.bytes
 
 
 Keep = Callable[[Index], None]
@@ -175,6 +203,7 @@ def _mapped(directory: Path, size: int) -> tuple[Path, Bytes]:
         raise OSError("no room can be reserved here")
     number, name = tempfile.mkstemp(prefix=f"{DATA}.", dir=directory)
     try:
+        os.fchmod(number, (directory / MANIFEST).stat().st_mode & 0o666)  # for whoever may read the bundle
         os.posix_fallocate(number, 0, size)
         return Path(name), np.frombuffer(mmap.mmap(number, size), np.uint8)
     except OSError:
@@ -185,12 +214,11 @@ def _mapped(directory: Path, size: int) -> tuple[Path, Bytes]:
 
 
 def _keep(bundle: Bundle, part: Path, index: Index) -> None:
-    """An index never stands beside another's data."""
+    """The data first; an older index beside it does not have its checksum."""
     notes = part.with_name(f"{part.name}.json")
     try:
         notes.write_bytes(msgspec.json.encode(index))
-        (bundle.path / INDEX).unlink(missing_ok=True)
         part.replace(bundle.path / DATA)
         notes.replace(bundle.path / INDEX)
-    except OSError:  # then it is packed again next time
+    except OSError:  # then another process keeps its own, or it is packed again next time
         notes.unlink(missing_ok=True)

@@ -11,18 +11,21 @@
 #include "native.h"
 
 #define EXPORT __attribute__((visibility("default")))
+#define LEAST_TARGET __attribute__((target("avx2,f16c,fma"))) /* the least that any kernels need */
 #define ALIGNMENT 64
 #define GROUPS_AT_ONCE 4 /* groups of 16 outputs whose codes are read for tile after tile; they stay in a near cache */
 #define ITEMS 4          /* a thread's at least, of a product: so uneven cores finish together, and claims stay few */
 
-static const ew_kernels *kernels;
-static int threads = 1;
+static const ew_kernels *_Atomic kernels; /* atomic: two models may be the first at once */
+static _Atomic int threads = 1;
 
 static void *aligned(size_t bytes) {
     return aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 static int has_avx_vnni(void) {
     unsigned a, b, c, d; /* no name for it in __builtin_cpu_supports before GCC 14 */
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
@@ -31,15 +34,18 @@ static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
-
 static int has_avx512bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 static const struct { /* best first */
     const ew_kernels *kernels;
     int (*there)(void);
-} all[] = {{&ew_kernels_avx512bf16, has_avx512bf16}, {&ew_kernels_avx512, has_avx512}, {&ew_kernels_avxvnni, has_avx_vnni}, {&ew_kernels_avx2, has_avx2}};
+} all[] = {{&ew_kernels_avx512bf16, has_avx512bf16},
+           {&ew_kernels_avx512, has_avx512},
+           {&ew_kernels_avxvnni, has_avx_vnni},
+           {&ew_kernels_avx2, has_avx2}};
 
-/* Choose the kernels (`name`, or the best this processor has for "") and start `wanted` threads. The name in use, NULL if none. */
+/* Choose the kernels (`name`, or the best this processor has for "") and start `wanted` threads. The name in use, NULL if
+   none. No model may compute while others are chosen: the rows of a tile are theirs. */
 EXPORT const char *ew_start(const char *name, int wanted) {
     const ew_kernels *best = NULL;
     __builtin_cpu_init();
@@ -48,7 +54,7 @@ EXPORT const char *ew_start(const char *name, int wanted) {
     if (!best) return NULL;
     kernels = best;
     threads = ew_pool_start(wanted);
-    return kernels->name;
+    return best->name;
 }
 
 /* ---- packing ---- */
@@ -63,13 +69,10 @@ typedef struct {
 
 static int groups_of(const ew_matrix *w) { return (w->outputs + EW_COLUMNS - 1) / EW_COLUMNS; }
 
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c,fma") /* the least that any kernels need */
+LEAST_TARGET static uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+LEAST_TARGET static float to_float(uint16_t x) { return _cvtsh_ss(x); }
 
-static uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-static float to_float(uint16_t x) { return _cvtsh_ss(x); }
-
-static void put(void *to, int bytes, size_t at, float value) {
+LEAST_TARGET static void put(void *to, int bytes, size_t at, float value) {
     if (bytes == 4) ((float *)to)[at] = value;
     else ((uint16_t *)to)[at] = to_half(value);
 }
@@ -83,7 +86,7 @@ static float centred_of(const packing *p, size_t row, int b) {
 }
 static float moved(const packing *p) { return (float)(1 << (p->to->bits - 1)); }
 
-static void pack_factors(const packing *p, int g) {
+LEAST_TARGET static void pack_factors(const packing *p, int g) {
     const ew_matrix *w = p->to;
     const int blocks = w->inputs / w->block;
     for (int b = 0; b < blocks; b++)
@@ -96,7 +99,7 @@ static void pack_factors(const packing *p, int g) {
 }
 
 /* The minima of float16 must give the bundle's own back. */
-static void check_group(void *context, int g, int thread) {
+LEAST_TARGET static void check_group(void *context, int g, int thread) {
     (void)thread;
     packing *p = context;
     int fit = 1;
@@ -112,8 +115,6 @@ static void check_group(void *context, int g, int thread) {
     if (!fit) p->misfits++;
 }
 
-#pragma GCC pop_options
-
 /* Eight 4-bit codes, as neighbours in each byte, to the kernels' order: 0..3 in the low halves, 4..7 in the high ones. */
 static uint32_t pack8(uint32_t from) {
     const uint32_t even = from & 0x0f0f0f0f, odd = from >> 4 & 0x0f0f0f0f; /* elements 0 2 4 6 and 1 3 5 7 */
@@ -128,11 +129,12 @@ static void pack_group(void *context, int g, int thread) {
     const ew_matrix *w = p->to;
     const int words = w->inputs * w->bits / 32, rows = w->outputs - g * EW_COLUMNS;
     uint32_t *to = (uint32_t *)w->codes + (size_t)g * words * EW_COLUMNS;
-    const uint32_t *from = (const uint32_t *)p->packed + (size_t)g * EW_COLUMNS * words;
+    const uint8_t *from = p->packed + (size_t)g * EW_COLUMNS * words * 4;
     pack_factors(p, g);
     for (int i = 0; i < words; i++)
         for (int n = 0; n < EW_COLUMNS; n++) {
-            const uint32_t word = n < rows ? from[(size_t)n * words + i] : 0;
+            uint32_t word = 0;
+            if (n < rows) memcpy(&word, from + ((size_t)n * words + i) * 4, 4);
             to[(size_t)i * EW_COLUMNS + n] = w->bits == 8 ? word : pack8(word);
         }
 }
@@ -144,21 +146,19 @@ EXPORT int ew_fits_half(const ew_matrix *w, const float *scales, const float *mi
     return !p.misfits;
 }
 
-/* Fill codes, scales and minima. `packed` must lie at a multiple of 4 bytes. */
-EXPORT void ew_pack(ew_matrix *w, const uint8_t *packed, const float *scales, const float *minima, int minima_row, int minima_block) {
+/* Fill codes, scales and minima. */
+EXPORT void ew_pack(ew_matrix *w, const uint8_t *packed, const float *scales, const float *minima, int minima_row,
+                    int minima_block) {
     packing p = {w, packed, scales, minima, minima_row, minima_block, 0};
     ew_parallel(groups_of(w), pack_group, &p);
 }
 
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c,fma")
-
-static float factor(const ew_matrix *w, const void *factors, size_t at) {
+LEAST_TARGET static float factor(const ew_matrix *w, const void *factors, size_t at) {
     return w->factor_bytes == 4 ? ((const float *)factors)[at] : to_float(((const uint16_t *)factors)[at]);
 }
 
 /* out [count][inputs] = rows `ids` of the matrix. */
-EXPORT void ew_rows(const ew_matrix *w, const int64_t *ids, int count, float *out) {
+EXPORT LEAST_TARGET void ew_rows(const ew_matrix *w, const int64_t *ids, int count, float *out) {
     const int words = w->inputs * w->bits / 32, each = 32 / w->bits, blocks = w->inputs / w->block;
     for (int i = 0; i < count; i++) {
         const int g = (int)(ids[i] / EW_COLUMNS), n = (int)(ids[i] % EW_COLUMNS);
@@ -172,8 +172,6 @@ EXPORT void ew_rows(const ew_matrix *w, const int64_t *ids, int count, float *ou
         }
     }
 }
-
-#pragma GCC pop_options
 
 /* ---- a checksum: of words of 8 bytes, eight sums in turn, then of the sums ---- */
 
@@ -458,11 +456,11 @@ typedef struct {
 
 static tile tile_of(const pass *p, int number) {
     const ew_card *c = p->card;
-    const int tiles = tiles_per_kv_head(p), share = c->heads / c->kv_heads, first = number % tiles * kernels->tile;
+    const int tiles = tiles_per_kv_head(p), sharing = c->heads / c->kv_heads, first = number % tiles * kernels->tile;
     const int q_size = c->heads * c->head_dim, stride = q_size + 2 * c->kv_heads * c->head_dim;
-    tile t = {.queries = least(kernels->tile, p->rows * share - first), .kv_head = number / tiles};
+    tile t = {.queries = least(kernels->tile, p->rows * sharing - first), .kv_head = number / tiles};
     for (int i = 0; i < t.queries; i++) {
-        const int row = (first + i) / share, head = t.kv_head * share + (first + i) % share;
+        const int row = (first + i) / sharing, head = t.kv_head * sharing + (first + i) % sharing;
         t.q[i] = p->queries + (size_t)row * stride + head * c->head_dim;
         t.out[i] = p->mixed + (size_t)row * q_size + head * c->head_dim;
         t.end[i] = p->position + row + 1;
@@ -504,7 +502,7 @@ static void attend_part(void *context, int item, int thread) {
     (void)thread;
     const pass *p = context;
     const tile t = tile_of(p, item / spans(p));
-    const size_t place = (size_t)(item / spans(p) * p->spans + item % spans(p)) * kernels->tile;
+    const size_t place = ((size_t)(item / spans(p)) * p->spans + item % spans(p)) * kernels->tile;
     attend_span(p, &t, item % spans(p), p->parts + place, p->mixes + place * p->card->head_dim);
 }
 
@@ -535,17 +533,22 @@ enum { STEPS(NUMBER) };
 EXPORT const char *ew_steps(void) { return STEPS(NAME); }
 
 static struct {
-    ew_span *room;
-    int capacity, count;
+    ew_span *_Atomic room;
+    _Atomic int capacity, count;
 } watched;
 
-/* Note spans in `room` from now on, `capacity` of them at most; NULL stops it. Spans noted so far. */
+/* Note spans in `room` from now on, `capacity` of them at most; NULL stops it. Spans noted so far. The room must stay: a
+   model that computes meanwhile may still note a step. */
 EXPORT int ew_watch(ew_span *room, int capacity) {
-    const int count = watched.count;
-    watched.room = room, watched.capacity = capacity, watched.count = 0;
+    const int count = least(watched.count, watched.capacity);
+    watched.room = NULL;
+    watched.capacity = capacity;
+    watched.count = 0;
+    watched.room = room;
     return count;
 }
 
+/* 0 while nobody watches. */
 static int64_t now(void) {
     struct timespec t;
     if (!watched.room) return 0;
@@ -554,7 +557,10 @@ static int64_t now(void) {
 }
 
 static void note(int layer, int step, int64_t start) {
-    if (watched.room && watched.count < watched.capacity) watched.room[watched.count++] = (ew_span){start, now(), layer, step};
+    ew_span *room = watched.room;
+    if (!start || !room || watched.count >= watched.capacity) return;
+    const int at = watched.count++; /* of another model's thread too */
+    if (at < watched.capacity) room[at] = (ew_span){start, now(), layer, step};
 }
 
 #define STEP(name, call) \

@@ -14,16 +14,22 @@
 
 typedef float vec __attribute__((vector_size(4 * EW_LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * EW_LANES), aligned(4)));
+typedef int16_t shorts __attribute__((vector_size(4 * EW_LANES), aligned(2)));
+typedef uint8_t bytes __attribute__((vector_size(4 * EW_LANES), aligned(1)));
 
 INLINE vec splat(float x) { return x - (vec){}; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
+/* The bits of the magnitudes. As integers they are in the order of the floats, a NaN above all others. */
+INLINE ivec magnitudes(const float *p) { return *(const ivec *)p & 0x7fffffff; }
 
+/* larger and smaller give b if one of them is NaN. */
 #if EW_LANES == 16
 #define AS(v) ((__m512)(v))
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps(AS(a), AS(b)); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps(AS(a), AS(b)); }
-INLINE vec magnitude(vec v) { return (vec)_mm512_abs_ps(AS(v)); }
+INLINE ivec larger_whole(ivec a, ivec b) { return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+INLINE int32_t largest_whole(ivec v) { return _mm512_reduce_max_epi32((__m512i)v); }
 INLINE ivec nearest(vec v) { return (ivec)_mm512_cvtps_epi32(AS(v)); }
 INLINE float sum_of(vec v) { return _mm512_reduce_add_ps(AS(v)); }
 INLINE float largest_of(vec v) { return _mm512_reduce_max_ps(AS(v)); }
@@ -44,7 +50,12 @@ INLINE vec within(vec v, int begin, int end) {
 #define AS(v) ((__m256)(v))
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps(AS(a), AS(b)); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps(AS(a), AS(b)); }
-INLINE vec magnitude(vec v) { return (vec)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), AS(v)); }
+INLINE ivec larger_whole(ivec a, ivec b) { return (ivec)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+INLINE int32_t largest_whole(ivec v) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    s = _mm_max_epi32(s, _mm_unpackhi_epi64(s, s));
+    return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_srli_epi64(s, 32)));
+}
 INLINE ivec nearest(vec v) { return (ivec)_mm256_cvtps_epi32(AS(v)); }
 INLINE float sum_of(vec v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(AS(v)), _mm256_extractf128_ps(AS(v), 1));
@@ -71,9 +82,10 @@ INLINE vec within(vec v, int begin, int end) {
 }
 #endif
 
-/* e^x for -87 <= x <= 88, relative error below 2e-7: x = n ln 2 + r, a polynomial in r, n into the exponent. */
+/* e^x for -87 <= x <= 88, relative error below 2e-7: x = n ln 2 + r, a polynomial in r, n into the exponent. Beyond them
+   it is that of the nearer one; of NaN it is NaN. */
 INLINE vec exponential(vec x) {
-    x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x));
     const ivec whole = nearest(x * 1.44269504f);
     const vec n = __builtin_convertvector(whole, vec);
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -92,74 +104,59 @@ INLINE vec hyperbolic_tangent(vec x) { return 1.0f - 2.0f / (exponential(2.0f * 
 /* ---- integer dot products: what an instruction set must bring ----
    EW_LANES sums; each step adds the products of 4 inputs with as many outputs' codes. */
 
-#if defined(__AVX512VNNI__)
-
-typedef __m512i dots;
-INLINE dots no_dots(void) { return _mm512_setzero_si512(); }
-INLINE __m512i inputs4(const int8_t *x) {
+INLINE bytes codes_at(const uint8_t *w) { return *(const bytes *)w; }
+INLINE bytes halves_at(const uint8_t *w, int high) {
+    const bytes both = codes_at(w);
+    return (high ? (bytes)((shorts)both >> 4) : both) & 15;
+}
+INLINE ivec inputs4(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, 4);
-    return _mm512_set1_epi32(four);
+    return (ivec){} + four;
 }
-INLINE dots add4(dots a, const uint8_t *w, int half, const int8_t *x) {
-    __m512i v = _mm512_loadu_si512(w);
-    v = _mm512_and_si512(half ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
-    return _mm512_dpbusd_epi32(a, v, inputs4(x));
-}
-INLINE dots add8(dots a, const uint8_t *w, const int8_t *x) { return _mm512_dpbusd_epi32(a, _mm512_loadu_si512(w), inputs4(x)); }
-INLINE vec as_floats(dots a) { return (vec)_mm512_cvtepi32_ps(a); }
 
-#elif defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-typedef __m256i dots;
-INLINE dots no_dots(void) { return _mm256_setzero_si256(); }
-INLINE __m256i inputs4(const int8_t *x) {
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm256_set1_epi32(four);
-}
-INLINE dots add4(dots a, const uint8_t *w, int half, const int8_t *x) {
-    __m256i v = _mm256_loadu_si256((const __m256i *)w);
-    v = _mm256_and_si256(half ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
-    return _mm256_dpbusd_avx_epi32(a, v, inputs4(x));
-}
-INLINE dots add8(dots a, const uint8_t *w, const int8_t *x) {
-    return _mm256_dpbusd_avx_epi32(a, _mm256_loadu_si256((const __m256i *)w), inputs4(x));
-}
-INLINE vec as_floats(dots a) { return (vec)_mm256_cvtepi32_ps(a); }
+#if EW_LANES == 16
+#define DOT(sums, w, x) ((ivec)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(w), (__m512i)(x)))
+#else
+#define DOT(sums, w, x) ((ivec)_mm256_dpbusd_avx_epi32((__m256i)(sums), (__m256i)(w), (__m256i)(x)))
+#endif
+
+typedef ivec dots;
+INLINE dots no_dots(void) { return (dots){}; }
+INLINE dots add4(dots a, const uint8_t *w, int high, const int8_t *x) { return DOT(a, halves_at(w, high), inputs4(x)); }
+INLINE dots add8(dots a, const uint8_t *w, const int8_t *x) { return DOT(a, codes_at(w), inputs4(x)); }
+INLINE vec as_floats(dots a) { return __builtin_convertvector(a, vec); }
 
 #elif defined(__AVX2__)
 
 /* Products of codes below 16 with int8 fit int16 for a whole block of 32, so they are widened once. A code of 8 bits is two
    of 4. */
 typedef struct {
-    __m256i low, high;
+    shorts low, high;
 } dots;
-INLINE dots no_dots(void) { return (dots){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-INLINE __m256i products4(const uint8_t *w, int half, const int8_t *x) {
-    int32_t four;
-    memcpy(&four, x, 4);
-    __m256i v = _mm256_loadu_si256((const __m256i *)w);
-    v = _mm256_and_si256(half ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
-    return _mm256_maddubs_epi16(v, _mm256_set1_epi32(four));
+INLINE shorts products4(const uint8_t *w, int high, const int8_t *x) {
+    return (shorts)_mm256_maddubs_epi16((__m256i)halves_at(w, high), (__m256i)inputs4(x));
 }
-INLINE dots add4(dots a, const uint8_t *w, int half, const int8_t *x) {
-    a.low = _mm256_add_epi16(a.low, products4(w, half, x));
-    return a;
-}
+INLINE ivec widened(shorts a) { return (ivec)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
+INLINE dots no_dots(void) { return (dots){}; }
+INLINE dots add4(dots a, const uint8_t *w, int high, const int8_t *x) { return (dots){a.low + products4(w, high, x), a.high}; }
 INLINE dots add8(dots a, const uint8_t *w, const int8_t *x) {
-    a.low = _mm256_add_epi16(a.low, products4(w, 0, x));
-    a.high = _mm256_add_epi16(a.high, products4(w, 1, x));
-    return a;
+    return (dots){a.low + products4(w, 0, x), a.high + products4(w, 1, x)};
 }
-INLINE vec as_floats(dots a) {
-    const __m256i one = _mm256_set1_epi16(1);
-    __m256i high = _mm256_slli_epi32(_mm256_madd_epi16(a.high, one), 4);
-    return (vec)_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(a.low, one), high));
-}
+INLINE vec as_floats(dots a) { return __builtin_convertvector(widened(a.low) + (widened(a.high) << 4), vec); }
 
 #else
 #error "no integer dot product for this instruction set"
+#endif
+
+/* CASE(n) for each number of rows, or of queries, that a tile may have. */
+#if EW_TILE == 4
+#define EACH_SIZE(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#else
+#define EACH_SIZE(CASE) \
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 
 /* ---- matrices ---- */
@@ -199,8 +196,8 @@ INLINE void outputs(const ew_matrix *w, int g, int lane, const int rows, const i
     UNROLL for (int m = 0; m < rows; m++) store(out + (size_t)m * out_stride, total[m]);
 }
 
-INLINE void groups_of(const ew_matrix *w, int first, int count, const int rows, const int8_t *codes, const ew_factor *factors,
-                      float *out, int out_stride) {
+INLINE void outputs_of_groups(const ew_matrix *w, int first, int count, const int rows, const int8_t *codes,
+                              const ew_factor *factors, float *out, int out_stride) {
 #define EACH(BITS, BLOCK) \
     for (int g = 0; g < count; g++) \
         for (int lane = 0; lane < EW_COLUMNS; lane += EW_LANES) \
@@ -216,12 +213,9 @@ INLINE void groups_of(const ew_matrix *w, int first, int count, const int rows, 
 static void matmul(const ew_matrix *w, int first, int count, int rows, const int8_t *codes, const ew_factor *factors,
                    float *out, int out_stride) {
 #define CASE(ROWS) \
-    case ROWS: groups_of(w, first, count, ROWS, codes, factors, out, out_stride); break;
+    case ROWS: outputs_of_groups(w, first, count, ROWS, codes, factors, out, out_stride); break;
     switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if EW_TILE > 4
-        CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+        EACH_SIZE(CASE)
     }
 #undef CASE
 }
@@ -234,14 +228,24 @@ INLINE void sum_codes(__m256i codes, int *sums) {
     sums[0] = _mm256_extract_epi32(s, 0), sums[1] = _mm256_extract_epi32(s, 4);
 }
 
-/* Round row `row` of a tile of `rows` rows to int8, 32 inputs at a time: code = round(x * 127 / largest). */
+INLINE float largest_magnitude(const float *x, int count) {
+    ivec bits = magnitudes(x);
+    UNROLL for (int i = EW_LANES; i < count; i += EW_LANES) bits = larger_whole(bits, magnitudes(x + i));
+    const int32_t largest = largest_whole(bits);
+    float value;
+    memcpy(&value, &largest, 4);
+    return value;
+}
+
+#define NOTHING 1e-36f /* a block of less rounds to zeros: 127 divided by its largest may be infinite */
+
+/* Round row `row` of a tile of `rows` rows to int8, 32 inputs at a time: code = round(x * 127 / largest). A NaN or an
+   infinity cannot be a code: the scale carries it on. */
 static void quantize(const float *x, int inputs, int rows, int row, int8_t *codes, ew_factor *factors) {
     codes += row * EW_BLOCK, factors += row;
     for (int b = 0; b < inputs / EW_BLOCK; b++, x += EW_BLOCK, codes += rows * EW_BLOCK, factors += rows) {
-        vec sizes = magnitude(load(x));
-        UNROLL for (int i = EW_LANES; i < EW_BLOCK; i += EW_LANES) sizes = larger(sizes, magnitude(load(x + i)));
-        const float largest = largest_of(sizes), scale = largest / 127;
-        const __m256i rounded = codes_of(x, largest > 0 ? 127 / largest : 0);
+        const float largest = largest_magnitude(x, EW_BLOCK), scale = largest / 127;
+        const __m256i rounded = codes_of(x, largest > NOTHING ? 127 / largest : 0);
         int sums[2];
         sum_codes(rounded, sums);
         _mm256_storeu_si256((__m256i *)codes, rounded);
@@ -273,10 +277,13 @@ static void rotate(float *restrict x, const float *restrict cos, const float *re
     }
 }
 
-/* To the nearest bfloat16, of two the even one. */
+/* To the nearest bfloat16, of two the even one; NaN stays NaN. */
 static void shorten(const float *x, int size, uint16_t *out) {
     const uint32_t *bits = (const uint32_t *)x;
-    for (int i = 0; i < size; i++) out[i] = (uint16_t)((bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16);
+    for (int i = 0; i < size; i++) {
+        const uint32_t rounded = bits[i] + 0x7fff + (bits[i] >> 16 & 1);
+        out[i] = (uint16_t)(x[i] == x[i] ? rounded >> 16 : 0x7fc0);
+    }
 }
 
 static void gate(const float *gate, const float *up, int gelu, int size, float *out) {
@@ -375,7 +382,7 @@ INLINE ew_part weigh(float *scores, int first, int count, int begin, int end, op
     begin -= first, end -= first;
     for (int i = 0; i < count; i += EW_LANES) {
         if (i < begin || i + EW_LANES > end) store(scores + i, within(load(scores + i), begin - i, end - i));
-        peak = larger(peak, load(scores + i));
+        peak = larger(load(scores + i), peak); /* without NaN, which comes in by its weight */
     }
     const float highest = largest_of(peak);
     for (int i = 0; i < count; i += EW_LANES) {
@@ -415,10 +422,7 @@ static void attend(const ew_attention *a, int queries, const float *const *q, co
 #define CASE(N) \
     case N: attend_n(a, N, q, begin, end, parts, out); break;
     switch (queries) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if EW_TILE > 4
-        CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+        EACH_SIZE(CASE)
     }
 #undef CASE
 }
@@ -429,10 +433,10 @@ static void combine(int spans, const ew_part *parts, const float *mixed, int str
     for (int s = 0; s < spans; s++) highest = parts[s * stride].highest > highest ? parts[s * stride].highest : highest;
     for (int i = 0; i < head_dim; i += EW_LANES) store(out + i, splat(0));
     for (int s = 0; s < spans; s++) {
-        const float lower = parts[s * stride].highest - highest;
-        if (lower == -INFINITY) continue; /* nothing that this query sees: adding zeros could turn a -0 */
-        const float share = exponential(splat(lower))[0];
-        total += share * parts[s * stride].total;
+        const ew_part part = parts[s * stride];
+        if (part.total == 0) continue; /* nothing that this query sees: adding zeros could turn a -0 */
+        const float share = exponential(splat(part.highest - highest))[0];
+        total += share * part.total;
         for (int i = 0; i < head_dim; i += EW_LANES)
             store(out + i, load(out + i) + share * load(mixed + (size_t)s * stride * head_dim + i));
     }

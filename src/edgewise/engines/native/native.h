@@ -100,7 +100,8 @@ typedef struct {
 extern const ew_kernels ew_kernels_avx512bf16, ew_kernels_avx512, ew_kernels_avxvnni, ew_kernels_avx2;
 
 /* Threads. ew_parallel calls f(context, i, thread) once for each i < items, on the caller's thread (number 0) and the
-   pool's (1 .. threads - 1). ew_pool_start gives the number of threads there are; it never ends one. */
+   pool's (1 .. threads - 1). ew_pool_start gives the number of threads there are; it never ends one. A fork's child has
+   none until it starts its own. */
 int ew_pool_start(int threads);
 void ew_parallel(int items, void (*f)(void *context, int item, int thread), void *context);
 

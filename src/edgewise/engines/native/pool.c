@@ -1,13 +1,17 @@
 /* One pool of threads for the process. Work is taken item by item, so that a core that others use slows only its items;
    a worker that sleeps through a job is not waited for. */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "native.h"
 
-enum { SPINS = 20000 }; /* some 100 us: as long as the gap between two tokens, then the worker sleeps */
+enum {
+    SPINS = 20000,      /* some 100 us: as long as the gap between two tokens, then the worker sleeps */
+    SPINS_A_YIELD = 512 /* who waits lets others have its core: with more threads than cores one of them may hold an item */
+};
 
 #if defined(__x86_64__)
 #define relax() __builtin_ia32_pause()
@@ -16,16 +20,24 @@ enum { SPINS = 20000 }; /* some 100 us: as long as the gap between two tokens, t
 #endif
 
 static struct {
-    int workers;
+    _Atomic int workers;
     _Atomic uint64_t ticket; /* job number << 32 | next item: claiming an item checks that its job still is the job */
     _Atomic uint32_t items, finished;
     _Atomic int sleepers;
     atomic_flag busy;
     _Atomic(void *) context;
     void (*_Atomic f)(void *, int, int);
-    pthread_mutex_t lock;
+    int knows_forks;
+    pthread_mutex_t lock; /* of sleep, and of starting */
     pthread_cond_t wake;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .busy = ATOMIC_FLAG_INIT};
+
+static uint32_t job_of(uint64_t ticket) { return (uint32_t)(ticket >> 32); }
+
+static void spin(int times) {
+    if (times % SPINS_A_YIELD) relax();
+    else sched_yield();
+}
 
 static void work(int number) {
     uint64_t ticket = atomic_load(&pool.ticket);
@@ -43,32 +55,48 @@ static void work(int number) {
     }
 }
 
-static void sleep_until_changed(uint64_t job) {
+static void sleep_until_changed(uint32_t job) {
     pthread_mutex_lock(&pool.lock);
     atomic_fetch_add(&pool.sleepers, 1);
-    while (atomic_load(&pool.ticket) >> 32 == job) pthread_cond_wait(&pool.wake, &pool.lock);
+    while (job_of(atomic_load(&pool.ticket)) == job) pthread_cond_wait(&pool.wake, &pool.lock);
     atomic_fetch_sub(&pool.sleepers, 1);
     pthread_mutex_unlock(&pool.lock);
 }
 
 static void *worker(void *number) {
-    uint64_t job = 0;
+    uint32_t job = 0;
     for (;;) {
-        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool.ticket, memory_order_acquire) >> 32 == job; spin++) relax();
-        if (atomic_load(&pool.ticket) >> 32 == job) sleep_until_changed(job);
-        job = atomic_load(&pool.ticket) >> 32;
+        for (int i = 1; i <= SPINS && job_of(atomic_load(&pool.ticket)) == job; i++) spin(i);
+        if (job_of(atomic_load(&pool.ticket)) == job) sleep_until_changed(job);
+        job = job_of(atomic_load(&pool.ticket));
         work((int)(intptr_t)number);
     }
     return NULL;
 }
 
+/* A fork's child has this memory and none of the threads, and the lock as some thread held it. */
+static void forget_the_threads(void) {
+    atomic_store(&pool.workers, 0);
+    atomic_store(&pool.sleepers, 0);
+    atomic_store(&pool.items, 0);
+    atomic_store(&pool.ticket, 0);
+    atomic_flag_clear(&pool.busy);
+    pool.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    pool.wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
 int ew_pool_start(int threads) {
-    for (; pool.workers < threads - 1; pool.workers++) {
+    pthread_mutex_lock(&pool.lock); /* each worker has a number of its own, whoever starts them at once */
+    if (!pool.knows_forks) pool.knows_forks = !pthread_atfork(NULL, NULL, forget_the_threads);
+    while (pool.workers < threads - 1) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) return pool.workers + 1;
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) break;
         pthread_detach(thread);
+        pool.workers++;
     }
-    return pool.workers + 1;
+    const int there = pool.workers + 1;
+    pthread_mutex_unlock(&pool.lock);
+    return there;
 }
 
 void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
@@ -76,7 +104,7 @@ void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
         for (int i = 0; i < items; i++) f(context, i, 0);
         return;
     }
-    uint64_t job = atomic_load(&pool.ticket) >> 32;
+    const uint64_t job = job_of(atomic_load(&pool.ticket));
     atomic_store(&pool.ticket, job << 32 | UINT32_MAX); /* a late worker must not claim an item of a job half written */
     atomic_store(&pool.finished, 0);
     atomic_store(&pool.f, f);
@@ -89,6 +117,6 @@ void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
         pthread_mutex_unlock(&pool.lock);
     }
     work(0);
-    while (atomic_load_explicit(&pool.finished, memory_order_acquire) < (uint32_t)items) relax();
+    for (int i = 1; atomic_load(&pool.finished) < (uint32_t)items; i++) spin(i);
     atomic_flag_clear(&pool.busy);
 }
