@@ -157,6 +157,32 @@ async def test_rows_have_the_same_bits_however_they_come(family: str, kernels: s
     await lm.shutdown()
 
 
+async def test_sessions_are_computed_together(kernels: str, tmp_path: Path) -> None:
+    """Their weights are read once, and each row has the bits that it has alone."""
+    bundle = of_gguf(tiny("gemma3_text", max_position_embeddings=640), gguf.GGMLQuantizationType.Q4_1, tmp_path)
+    lm = NativeLM(bundle, slots=5)
+    ids = np.random.default_rng(6).integers(0, VOCAB, 600)
+    whole = await fed(lm, ids, [600])
+    lengths = {"a": 0, "b": 39, "c": 290, "d": 0, "e": 255}
+    for name, length in lengths.items():
+        await lm.open(name, 640)
+        if length:
+            await lm.forward([Row(name, 0, ids[:length], 0)])
+    sizes = {"a": (200, 3), "b": (1, 1), "c": (300, 120), "d": (17, 0), "e": (1, 1)}  # more than one pass takes
+    rows = [Row(name, lengths[name], ids[lengths[name] :][:count], want) for name, (count, want) in sizes.items()]
+    for row, logits in zip(rows, await lm.forward(rows), strict=True):
+        end = row.position + len(row.ids)
+        assert np.array_equal(logits, whole[end - row.want : end]), row.session
+    with native_lm.watching() as watch:
+        at = {"a": 150, "b": 40, "c": 590, "e": 7}
+        tokens = await lm.forward([Row(name, n, ids[n : n + 1], 1) for name, n in at.items()])
+        steps = [span.step for span in watch.finish()]
+    assert steps.count("head") == 1
+    assert steps.count("qkv") == bundle.card.layers
+    assert all(np.array_equal(logits[0], whole[n]) for logits, n in zip(tokens, at.values(), strict=True))
+    await lm.shutdown()
+
+
 async def test_a_slot_takes_memory_as_it_fills(tmp_path: Path) -> None:
     model = tiny("llama", max_position_embeddings=1 << 18)
     lm = NativeLM(of_gguf(model, gguf.GGMLQuantizationType.Q8_0, tmp_path), slots=1)

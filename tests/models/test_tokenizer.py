@@ -86,7 +86,8 @@ def test_every_name_of_a_rule_is_llama_cpps(tmp_path: Path) -> None:
 def test_merges_are_strings_where_those_are_clear(tmp_path: Path) -> None:
     carried(byte_level_gguf(tmp_path / "v.gguf", "gpt-2"), tmp_path / "bytes")
     merges = json.loads((tmp_path / "bytes" / "tokenizer.json").read_bytes())["model"]["merges"]
-    assert merges and all(isinstance(merge, str) for merge in merges)
+    assert merges
+    assert all(isinstance(merge, str) for merge in merges)
     unclear = Core(models.BPE(vocab={"a": 0, " b": 1, "a b": 2}, merges=[("a", " b")])).to_str()
     assert _quick(unclear) == unclear
     comment = Core(models.BPE(vocab={"#version": 0, "a": 1, "#versiona": 2}, merges=[("#version", "a")])).to_str()

@@ -6,9 +6,9 @@ import math
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from edgewise.models.bundle import Bundle
 from edgewise.models.card import Card
 from edgewise.types import FloatArray, IdArray
 
-CHUNK = 256  # most rows computed at once; longer ones are split here: 512 are no faster and take more memory
+CHUNK = 256  # most ids of a session computed at once; longer rows are cut: 512 are no faster and take more memory
 KV = TypeVar("KV")
 
 
@@ -71,6 +71,16 @@ class _Slot(Generic[KV]):
     limit: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Part(Generic[KV]):
+    """Ids of one session, 1..CHUNK, computed at once; the last `want` of them need logits."""
+
+    kv: KV
+    position: int
+    ids: IdArray
+    want: int
+
+
 class LocalModel(ABC, Generic[KV]):
     """See engines/base.py for its promises. `slots` sessions at once, each of up to `context` positions (None: what the
     model was trained for). KV belongs to slots: a closed session's is used again, and a rewind is a length."""
@@ -96,13 +106,9 @@ class LocalModel(ABC, Generic[KV]):
         """Room for `context` positions; no page of it is touched before it is used."""
 
     @abstractmethod
-    def _hidden(self, kv: KV, position: int, ids: IdArray, want: int) -> FloatArray:
-        """Append at most CHUNK ids at `position`; the hidden states of the last `want` of them, float32 [want, hidden]
-        before the final norm, valid until the next call."""
-
-    @abstractmethod
-    def _project(self, hidden: FloatArray, out: FloatArray) -> None:
-        """Logits of at most CHUNK rows `hidden` into `out` [rows, vocab]."""
+    def _compute(self, parts: Sequence[Part[KV]], out: FloatArray) -> None:
+        """Append the parts, of different sessions and at most CHUNK + slots ids in all, and write the logits that they
+        want, in their order, into `out` [their number, vocab]."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -128,13 +134,19 @@ class LocalModel(ABC, Generic[KV]):
             self._check_row(row)
         if len({row.session for row in rows}) < len(rows):
             raise ValueError("a session has more than one row in a forward")
-        out = self._room_for(sum(row.want for row in rows))
-        done, answers = 0, []
+        for row in rows:  # what stood behind its position is overwritten from here on
+            slot = self._open[row.session]
+            slot.length = min(slot.length, row.position)
+        ends = list(accumulate((row.want for row in rows), initial=0))
+        out = self._room_for(ends[-1])
+        done = 0
+        for parts in self._passes(rows):
+            want = sum(part.want for part in parts)
+            self._compute(parts, out[done : done + want])
+            done += want
         for row in rows:
-            self._append(row, out[done : done + row.want])
-            answers.append(out[done : done + row.want])
-            done += row.want
-        return answers
+            self._open[row.session].length = row.position + len(row.ids)
+        return [out[start:end] for start, end in pairwise(ends)]
 
     async def rewind(self, session: str, position: int) -> None:
         slot = self._open[session]
@@ -176,16 +188,22 @@ class LocalModel(ABC, Generic[KV]):
             self._logits = np.empty((rows, self.vocab), dtype=np.float32)
         return self._logits
 
-    def _append(self, row: Row, out: FloatArray) -> None:
-        slot, count = self._open[row.session], len(row.ids)
-        slot.length = row.position
-        first_wanted = count - row.want
-        for start, end in pairwise(self._cuts(row.position, count)):
-            want = max(end - max(start, first_wanted), 0)
-            hidden = self._hidden(slot.kv, row.position + start, row.ids[start:end], want)
-            slot.length = row.position + end
-            if want:
-                self._project(hidden, out[end - want - first_wanted : end - first_wanted])
+    def _passes(self, rows: Sequence[Row]) -> Iterator[list[Part[KV]]]:
+        """The rows in parts, and the parts in groups that can be computed together."""
+        together: list[Part[KV]] = []
+        for part in (part for row in rows for part in self._parts(row)):
+            full = sum(len(other.ids) for other in together) + len(part.ids) > CHUNK + self.slots
+            if together and (full or together[-1].kv is part.kv):
+                yield together
+                together = []
+            together.append(part)
+        if together:
+            yield together
+
+    def _parts(self, row: Row) -> Iterator[Part[KV]]:
+        kv, first_wanted = self._open[row.session].kv, len(row.ids) - row.want
+        for start, end in pairwise(self._cuts(row.position, len(row.ids))):
+            yield Part(kv, row.position + start, row.ids[start:end], max(end - max(start, first_wanted), 0))
 
     def _cuts(self, position: int, count: int) -> list[int]:
         """Where `count` ids at `position` are cut for the runs: 0, …, count."""

@@ -10,7 +10,7 @@ import ctypes as c
 import errno
 import os
 import weakref
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgewise.engines import packed
-from edgewise.engines.local import CHUNK, LocalModel, fixed_threads, untouched
+from edgewise.engines.local import CHUNK, LocalModel, Part, fixed_threads, untouched
 from edgewise.errors import BundleError, EngineError, UsageError
 from edgewise.models.bundle import MANIFEST, Bundle, sha256
 from edgewise.models.card import Card, Rope
@@ -71,6 +71,10 @@ class _KV(c.Structure):
     _fields_ = (("keys", c.c_void_p), ("values", c.c_void_p))
 
 
+class _Session(c.Structure):
+    _fields_ = (("kv", c.POINTER(_KV)), *((name, c.c_int) for name in ("position", "rows", "wanted")))
+
+
 @cache
 def _library() -> c.CDLL | None:
     """The compiled kernels; None where they were not built (no C compiler, or not x86-64)."""
@@ -84,9 +88,9 @@ def _library() -> c.CDLL | None:
         ("ew_pack", None, (p, p, p, p, i, i)),
         ("ew_rows", None, (p, p, i, p)),
         ("ew_checksum", c.c_uint64, (p, c.c_size_t)),
-        ("ew_workspace_new", p, (p, i)),
+        ("ew_workspace_new", p, (p, i, i)),
         ("ew_workspace_free", None, (p,)),
-        ("ew_layers", None, (p, p, p, i, p, i, i, i, p)),
+        ("ew_layers", None, (p, p, i, p, p, i, p)),
         ("ew_head", None, (p, p, p, p, i, p, p, i)),
         ("ew_watch", i, (p, i)),
         ("ew_steps", c.c_char_p, ()),
@@ -184,7 +188,7 @@ class NativeLM(LocalModel[_Memory]):
         if reason is not None:
             raise _cannot(bundle, reason)
         with _enough_memory():
-            self._weights = _Weights(bundle, self.context)
+            self._weights = _Weights(bundle, self.context, slots)
         self.weight_bytes = self._weights.bytes  # that decoding one token reads
 
     @staticmethod
@@ -201,11 +205,11 @@ class NativeLM(LocalModel[_Memory]):
         with _enough_memory():
             return self._weights.new_kv()
 
-    def _hidden(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
-        return self._weights.run(kv, position, ids, want)
-
-    def _project(self, hidden: FloatArray, out: FloatArray) -> None:
-        self._weights.project(hidden, out)
+    def _compute(self, parts: Sequence[Part[_Memory]], out: FloatArray) -> None:
+        """All at once: reading the weights is most of what a row costs, and it is paid once."""
+        hidden = self._weights.run(parts)[: len(out)]
+        if len(out):
+            self._weights.project(hidden, out)
 
     def _release(self) -> None:
         self._weights.close()
@@ -215,7 +219,7 @@ class NativeLM(LocalModel[_Memory]):
 class _Weights:
     """The packed model, and the calls that run it."""
 
-    def __init__(self, bundle: Bundle, context: int) -> None:
+    def __init__(self, bundle: Bundle, context: int, slots: int) -> None:
         library = _library()
         assert library is not None  # why_not was asked
         card = bundle.card
@@ -231,7 +235,7 @@ class _Weights:
         self._table = None if card.tied or EMBED in self._matrices else self._embedding(bundle)
         self._norm = self._vector(FINAL_NORM)
         self._numbers = _numbers(card, self._capacity)
-        self._space = library.ew_workspace_new(c.byref(self._numbers), CHUNK)
+        self._space = library.ew_workspace_new(c.byref(self._numbers), CHUNK + slots, slots)
         if self._space is None:
             raise MemoryError("the workspace")
         self._free = weakref.finalize(self, library.ew_workspace_free, self._space)
@@ -248,24 +252,24 @@ class _Weights:
         entries = (_KV * card.layers)(*(_KV(keys.ctypes.data, values.ctypes.data) for keys, values in arrays))
         return _Memory(arrays, entries)
 
-    def run(self, kv: _Memory, position: int, ids: IdArray, want: int) -> FloatArray:
+    def run(self, parts: Sequence[Part[_Memory]]) -> FloatArray:
+        """Append the parts to their sessions; hidden states before the final norm, of the wanted ids first."""
         for turns in self._turns.values():
-            turns.reach(position + len(ids))
-        hidden = self._embedded(np.ascontiguousarray(ids, dtype=np.int64))
+            turns.reach(max(part.position + len(part.ids) for part in parts))
+        hidden = self._embedded(np.concatenate([part.ids for part in parts], dtype=np.int64))
         if self._card.embedding_scale != 1:
             hidden *= np.float32(self._card.embedding_scale)
+        sessions = (_Session(part.kv.entries, part.position, len(part.ids), part.want) for part in parts)
         self._library.ew_layers(
             c.byref(self._numbers),
             self._layers,
-            kv.entries,
             len(self._layers),
             self._space,
-            position,
-            len(hidden),
-            want,
+            (_Session * len(parts))(*sessions),
+            len(parts),
             hidden.ctypes.data,
         )
-        return hidden[len(hidden) - want :]
+        return hidden
 
     def _embedded(self, ids: IdArray) -> FloatArray:
         if self._table is not None:

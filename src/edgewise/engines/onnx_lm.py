@@ -24,11 +24,11 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from edgewise.engines.local import CHUNK, LocalModel, fixed_threads, untouched
+from edgewise.engines.local import CHUNK, LocalModel, Part, fixed_threads, untouched
 from edgewise.errors import BundleError, EngineError
 from edgewise.models.bundle import BlockEntry, Bundle
 from edgewise.settings import ModelSettings
-from edgewise.types import FloatArray, IdArray
+from edgewise.types import FloatArray
 
 Mode = Literal["fast", "stable"]
 DEFAULTS = ModelSettings()
@@ -181,12 +181,21 @@ class OnnxLM(LocalModel[_KV]):
         """Rows to compute for that many."""
         return count + 1 if self.mode == "stable" and count % ROW_TILE == 1 else count
 
-    def _hidden(self, kv: _KV, position: int, ids: IdArray, want: int) -> FloatArray:
-        rows = self._rows(len(ids))
-        padded = np.resize(ids, rows)  # a padding row repeats an id; its KV lies beyond the length
+    def _compute(self, parts: Sequence[Part[_KV]], out: FloatArray) -> None:
+        """One after the other: the graphs take the rows of one session."""
+        done = 0
+        for part in parts:
+            hidden = self._hidden(part)
+            if part.want:
+                self._project(hidden[len(part.ids) - part.want :], out[done : done + part.want])
+            done += part.want
+
+    def _hidden(self, part: Part[_KV]) -> FloatArray:
+        rows = self._rows(len(part.ids))
+        padded = np.resize(part.ids, rows)  # a padding row repeats an id; its KV lies beyond the length
         self._blocks.entry[:rows] = _call(self._embed, {"ids": padded})
         try:
-            return self._blocks.run(kv, position, rows)[len(ids) - want : len(ids)]
+            return self._blocks.run(part.kv, part.position, rows)[: len(part.ids)]
         except Exception as e:
             raise _mapped(e) from e
 

@@ -293,14 +293,19 @@ static void multiply(const product *p) {
 /* ---- one layer ---- */
 
 typedef struct {
+    const ew_kv *kv;           /* [layers] */
+    int position, first, rows; /* rows `first` … of the pass stand at `position` … of the session */
+} stretch;
+
+typedef struct {
     const ew_card *card;
     const ew_layer *layer;
-    const ew_kv *kv;
-    int number, position, rows; /* number of the layer, -1 for the head */
+    const stretch *stretches;
+    int number, count, rows;      /* number of the layer, -1 for the head; count of stretches, which are `rows` in all */
     float *x;                     /* [rows][hidden], the residual stream */
-    const float *queries;         /* [rows][queries, keys and values], in `wide` */
-    float *wide, *mixed;          /* [rows][widest row between matrices], [rows][heads * head_dim] */
+    float *wide, *mixed;          /* [rows][widest row between matrices], first of queries, keys and values; [rows][heads * head_dim] */
     int places, spans;            /* room for that many tiles of that many spans each */
+    int longest;                  /* most spans of a stretch */
     ew_part *parts;               /* [places][spans][tile] */
     float *mixes;                 /* [places][spans][tile][head_dim] */
     ew_activations a, gated;
@@ -313,6 +318,7 @@ typedef struct {
 
 typedef struct {
     int places, spans;
+    stretch *stretches;
     float *wide, *mixed, *normed, *mixes;
     ew_part *parts;
     int8_t *codes, *gated_codes;
@@ -322,17 +328,18 @@ typedef struct {
 EXPORT void ew_workspace_free(ew_workspace *s) {
     if (!s) return;
     free(s->wide), free(s->mixed), free(s->normed), free(s->parts), free(s->mixes), free(s->codes), free(s->factors);
-    free(s->gated_codes), free(s->gated_factors), free(s);
+    free(s->gated_codes), free(s->gated_factors), free(s->stretches), free(s);
 }
 
-/* Room for passes of up to `rows` rows. */
-EXPORT ew_workspace *ew_workspace_new(const ew_card *c, int rows) {
+/* Room for passes of up to `rows` rows of up to `sessions` sessions. */
+EXPORT ew_workspace *ew_workspace_new(const ew_card *c, int rows, int sessions) {
     const int mixed = c->heads * c->head_dim, qkv = mixed + 2 * c->kv_heads * c->head_dim;
     const int wide = qkv > c->hidden ? qkv : c->hidden, inputs = mixed > c->hidden ? mixed : c->hidden;
     ew_workspace *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     s->places = threads > c->kv_heads ? threads : c->kv_heads, s->spans = (c->capacity + EW_SPAN - 1) / EW_SPAN;
     const size_t parts = (size_t)s->places * s->spans * EW_TILES;
+    s->stretches = calloc(sessions, sizeof(stretch));
     s->wide = aligned((size_t)rows * wide * 4);
     s->mixed = aligned((size_t)rows * mixed * 4);
     s->normed = aligned((size_t)rows * c->hidden * 4);
@@ -342,8 +349,8 @@ EXPORT ew_workspace *ew_workspace_new(const ew_card *c, int rows) {
     s->factors = aligned((size_t)rows * (inputs / EW_BLOCK) * sizeof(ew_factor));
     s->gated_codes = aligned((size_t)rows * c->ffn);
     s->gated_factors = aligned((size_t)rows * (c->ffn / EW_BLOCK) * sizeof(ew_factor));
-    if (!s->wide || !s->mixed || !s->normed || !s->parts || !s->mixes || !s->codes || !s->factors || !s->gated_codes ||
-        !s->gated_factors) {
+    if (!s->stretches || !s->wide || !s->mixed || !s->normed || !s->parts || !s->mixes || !s->codes || !s->factors ||
+        !s->gated_codes || !s->gated_factors) {
         ew_workspace_free(s);
         return NULL;
     }
@@ -410,18 +417,19 @@ static void turn_heads(const pass *p, float *heads, int count, int position, con
 }
 
 /* Bias, norms and rotation of one row's queries, keys and values; keys and values go to their places. */
-static void place_row(const pass *p, int row) {
+static void place_row(const pass *p, const stretch *s, int row) {
     const ew_card *c = p->card;
-    const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, at = p->position + row;
-    float *queries = p->wide + (size_t)row * (q + 2 * kv), *keys = queries + q, *values = keys + kv;
+    const ew_kv *to = s->kv + p->number;
+    const int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, at = s->position + row;
+    float *queries = p->wide + (size_t)(s->first + row) * (q + 2 * kv), *keys = queries + q, *values = keys + kv;
     uint16_t kept[EW_HEAD_DIM];
     if (p->layer->qkv_bias) kernels->join(queries, p->layer->qkv_bias, 1, q + 2 * kv);
     turn_heads(p, queries, c->heads, at, p->layer->q_norm);
     turn_heads(p, keys, c->kv_heads, at, p->layer->k_norm);
     for (int h = 0; h < c->kv_heads; h++, keys += c->head_dim, values += c->head_dim) {
         const size_t head = (size_t)h * c->capacity * c->head_dim;
-        uint16_t *k = p->kv->keys + head + (size_t)(at / 16) * 16 * c->head_dim + at % 16 * 2;
-        uint16_t *v = p->kv->values + head + (size_t)(at / 2) * 2 * c->head_dim + at % 2;
+        uint16_t *k = to->keys + head + (size_t)(at / 16) * 16 * c->head_dim + at % 16 * 2;
+        uint16_t *v = to->values + head + (size_t)(at / 2) * 2 * c->head_dim + at % 2;
         kernels->shorten(keys, c->head_dim, kept);
         for (int d = 0; d < c->head_dim; d += 2) memcpy(k + 16 * d, kept + d, 4);
         kernels->shorten(values, c->head_dim, kept);
@@ -431,24 +439,33 @@ static void place_row(const pass *p, int row) {
     }
 }
 
+static int sixteens(const stretch *s) { return (s->position + s->rows - 1) / 16 - s->position / 16 + 1; }
+
 /* The rows whose keys share cache lines, by one thread. */
 static void place_sixteen(void *context, int item, int thread) {
     (void)thread;
     const pass *p = context;
-    const int first = (p->position / 16 + item) * 16 - p->position;
-    for (int row = first > 0 ? first : 0; row < least(first + 16, p->rows); row++) place_row(p, row);
+    const stretch *s = p->stretches;
+    for (; item >= sixteens(s); s++) item -= sixteens(s);
+    const int first = (s->position / 16 + item) * 16 - s->position;
+    for (int row = first > 0 ? first : 0; row < least(first + 16, s->rows); row++) place_row(p, s, row);
 }
 
-static void place(pass *p) { ew_parallel((p->position + p->rows - 1) / 16 - p->position / 16 + 1, place_sixteen, p); }
-
-/* Queries are numbered kv head by kv head, row by row, head by head; a tile of them has one kv head's. */
-static int tiles_per_kv_head(const pass *p) {
-    return (p->rows * (p->card->heads / p->card->kv_heads) + kernels->tile - 1) / kernels->tile;
+static void place(pass *p) {
+    int items = 0;
+    for (int i = 0; i < p->count; i++) items += sixteens(p->stretches + i);
+    ew_parallel(items, place_sixteen, p);
 }
 
-static int spans(const pass *p) { return (p->position + p->rows + EW_SPAN - 1) / EW_SPAN; }
+/* Queries are numbered stretch by stretch, kv head by kv head, row by row, head by head; a tile has those of one kv head. */
+static int tiles_per_kv_head(const pass *p, const stretch *s) {
+    return (s->rows * (p->card->heads / p->card->kv_heads) + kernels->tile - 1) / kernels->tile;
+}
+
+static int spans(const stretch *s) { return (s->position + s->rows + EW_SPAN - 1) / EW_SPAN; }
 
 typedef struct {
+    const stretch *of;
     int queries, kv_head, begin[EW_TILES], end[EW_TILES];
     const float *q[EW_TILES];
     float *out[EW_TILES];
@@ -456,14 +473,16 @@ typedef struct {
 
 static tile tile_of(const pass *p, int number) {
     const ew_card *c = p->card;
-    const int tiles = tiles_per_kv_head(p), sharing = c->heads / c->kv_heads, first = number % tiles * kernels->tile;
+    const stretch *s = p->stretches;
+    for (; number >= c->kv_heads * tiles_per_kv_head(p, s); s++) number -= c->kv_heads * tiles_per_kv_head(p, s);
+    const int tiles = tiles_per_kv_head(p, s), sharing = c->heads / c->kv_heads, first = number % tiles * kernels->tile;
     const int q_size = c->heads * c->head_dim, stride = q_size + 2 * c->kv_heads * c->head_dim;
-    tile t = {.queries = least(kernels->tile, p->rows * sharing - first), .kv_head = number / tiles};
+    tile t = {.of = s, .queries = least(kernels->tile, s->rows * sharing - first), .kv_head = number / tiles};
     for (int i = 0; i < t.queries; i++) {
         const int row = (first + i) / sharing, head = t.kv_head * sharing + (first + i) % sharing;
-        t.q[i] = p->queries + (size_t)row * stride + head * c->head_dim;
-        t.out[i] = p->mixed + (size_t)row * q_size + head * c->head_dim;
-        t.end[i] = p->position + row + 1;
+        t.q[i] = p->wide + (size_t)(s->first + row) * stride + head * c->head_dim;
+        t.out[i] = p->mixed + (size_t)(s->first + row) * q_size + head * c->head_dim;
+        t.end[i] = s->position + row + 1;
         t.begin[i] = p->layer->window && t.end[i] > p->layer->window ? t.end[i] - p->layer->window : 0;
     }
     return t;
@@ -474,7 +493,8 @@ static void attend_span(const pass *p, const tile *t, int span, ew_part *parts, 
     const ew_card *c = p->card;
     const int from = span * EW_SPAN, begin = t->begin[0] / 16 * 16, end = t->end[t->queries - 1];
     const size_t head = (size_t)t->kv_head * c->capacity * c->head_dim;
-    const ew_attention a = {p->kv->keys + head, p->kv->values + head, c->head_dim, begin > from ? begin : from,
+    const ew_kv *kv = t->of->kv + p->number;
+    const ew_attention a = {kv->keys + head, kv->values + head, c->head_dim, begin > from ? begin : from,
                             least(end, from + EW_SPAN), c->attention_scale, c->attention_cap};
     if (a.first < a.end) kernels->attend(&a, t->queries, t->q, t->begin, t->end, parts, mixed);
     else
@@ -484,7 +504,7 @@ static void attend_span(const pass *p, const tile *t, int span, ew_part *parts, 
 static void combine_tile(const pass *p, const tile *t, const ew_part *parts, const float *mixed) {
     const int size = p->card->head_dim;
     for (int i = 0; i < t->queries; i++)
-        kernels->combine(spans(p), parts + i, mixed + (size_t)i * size, kernels->tile, size, t->out[i]);
+        kernels->combine(spans(t->of), parts + i, mixed + (size_t)i * size, kernels->tile, size, t->out[i]);
 }
 
 /* Many tiles: each is an item, its spans one after the other. Few, as in decoding: each span of each tile is one. */
@@ -493,7 +513,7 @@ static void attend_tile(void *context, int item, int thread) {
     const tile t = tile_of(p, item);
     ew_part *parts = p->parts + (size_t)thread * p->spans * kernels->tile;
     float *mixed = p->mixes + (size_t)thread * p->spans * kernels->tile * p->card->head_dim;
-    for (int s = 0; s < spans(p); s++)
+    for (int s = 0; s < spans(t.of); s++)
         attend_span(p, &t, s, parts + s * kernels->tile, mixed + (size_t)s * kernels->tile * p->card->head_dim);
     combine_tile(p, &t, parts, mixed);
 }
@@ -501,18 +521,24 @@ static void attend_tile(void *context, int item, int thread) {
 static void attend_part(void *context, int item, int thread) {
     (void)thread;
     const pass *p = context;
-    const tile t = tile_of(p, item / spans(p));
-    const size_t place = ((size_t)(item / spans(p)) * p->spans + item % spans(p)) * kernels->tile;
-    attend_span(p, &t, item % spans(p), p->parts + place, p->mixes + place * p->card->head_dim);
+    const int number = item / p->longest, span = item % p->longest;
+    const tile t = tile_of(p, number);
+    const size_t place = ((size_t)number * p->spans + span) * kernels->tile;
+    if (span < spans(t.of)) attend_span(p, &t, span, p->parts + place, p->mixes + place * p->card->head_dim);
 }
 
 static void attend(pass *p) {
-    const int tiles = p->card->kv_heads * tiles_per_kv_head(p);
+    int tiles = 0;
+    p->longest = 0;
+    for (const stretch *s = p->stretches; s < p->stretches + p->count; s++) {
+        tiles += p->card->kv_heads * tiles_per_kv_head(p, s);
+        if (spans(s) > p->longest) p->longest = spans(s);
+    }
     if (tiles > p->places) {
         ew_parallel(tiles, attend_tile, p);
         return;
     }
-    ew_parallel(tiles * spans(p), attend_part, p);
+    ew_parallel(tiles * p->longest, attend_part, p);
     for (int i = 0; i < tiles; i++) {
         const tile t = tile_of(p, i);
         const size_t place = (size_t)i * p->spans * kernels->tile;
@@ -592,20 +618,24 @@ static void product_of_gate_and_up(pass *p) {
                         .up_bias = l->gate_up_bias ? l->gate_up_bias + ffn : NULL});
 }
 
-/* Go on with the last `wanted` rows. */
-static void keep(pass *p, int wanted) {
-    const ew_card *c = p->card;
-    const int less = p->rows - wanted;
-    p->queries += (size_t)less * (c->heads + 2 * c->kv_heads) * c->head_dim;
-    p->x += (size_t)less * c->hidden;
-    p->position += less, p->rows = wanted;
+/* Go on with the rows that are wanted, one session's behind the other's. */
+static void keep(pass *p, stretch *stretches, const ew_session *sessions) {
+    const size_t hidden = p->card->hidden, wide = (size_t)(p->card->heads + 2 * p->card->kv_heads) * p->card->head_dim;
+    p->rows = 0;
+    for (int i = 0; i < p->count; i++) {
+        stretch *s = stretches + i;
+        const int wanted = sessions[i].wanted, less = s->rows - wanted;
+        memmove(p->x + p->rows * hidden, p->x + (s->first + less) * hidden, wanted * hidden * sizeof(float));
+        memmove(p->wide + p->rows * wide, p->wide + (s->first + less) * wide, wanted * wide * sizeof(float));
+        *s = (stretch){s->kv, s->position + less, p->rows, wanted};
+        p->rows += wanted;
+    }
 }
 
 static void remember(pass *p) {
     STEP(norm, quantize(p, p->x, p->card->hidden, p->layer->attention_norm));
     STEP(qkv, products_of_qkv(p));
     STEP(place, place(p));
-    p->queries = p->wide;
 }
 
 static void attention(pass *p) {
@@ -628,18 +658,22 @@ static void feed_forward(pass *p) {
 
 static void finish(pass *p) { STEP(add, join_now(p)); }
 
-/* Run rows of `x` [rows][hidden] at `position` through the layers, in place. The last layer gives the last `wanted` rows
-   only; what stands in the others then is undefined. */
-EXPORT void ew_layers(const ew_card *card, const ew_layer *layers, const ew_kv *kv, int count, ew_workspace *s, int position,
-                     int rows, int wanted, float *x) {
-    pass p = {.card = card, .position = position, .rows = rows, .x = x, .wide = s->wide, .mixed = s->mixed, .normed = s->normed,
-              .a = {.codes = s->codes, .factors = s->factors},
+/* Run rows of `x` [rows][hidden], session after session, through the layers, in place. The last layer gives the wanted
+   rows only, in front; what stands behind them then is undefined. */
+EXPORT void ew_layers(const ew_card *card, const ew_layer *layers, int depth, ew_workspace *s, const ew_session *sessions,
+                     int count, float *x) {
+    pass p = {.card = card, .stretches = s->stretches, .count = count, .x = x, .wide = s->wide, .mixed = s->mixed,
+              .normed = s->normed, .a = {.codes = s->codes, .factors = s->factors},
               .gated = {.inputs = card->ffn, .codes = s->gated_codes, .factors = s->gated_factors}};
     p.places = s->places, p.spans = s->spans, p.parts = s->parts, p.mixes = s->mixes;
     for (int i = 0; i < count; i++) {
-        p.layer = layers + i, p.kv = kv + i, p.number = i;
+        s->stretches[i] = (stretch){sessions[i].kv, sessions[i].position, p.rows, sessions[i].rows};
+        p.rows += sessions[i].rows;
+    }
+    for (int i = 0; i < depth; i++) {
+        p.layer = layers + i, p.number = i;
         remember(&p);
-        if (i == count - 1) keep(&p, wanted);
+        if (i == depth - 1) keep(&p, s->stretches, sessions);
         if (!p.rows) return;
         attention(&p);
         feed_forward(&p);

@@ -42,6 +42,12 @@ typedef struct {
     uint16_t *keys, *values;
 } ew_kv;
 
+/* Rows that are appended to one session; the last `wanted` of them are to come out. */
+typedef struct {
+    const ew_kv *kv; /* [layers] */
+    int position, rows, wanted;
+} ew_session;
+
 /* One decoder layer. Matrices that were fused stand in the first place, with NULL behind them. A missing vector is NULL. */
 typedef struct {
     const ew_matrix *qkv[3], *o, *gate_up[2], *down;
