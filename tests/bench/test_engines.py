@@ -178,6 +178,23 @@ def test_a_turn_that_hangs_is_killed_with_its_children(faulty: dict[str, Any], t
     pytest.fail(f"of {left} some still run")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_turn_does_not_outlive_the_bench() -> None:
+    turn = "import time, edgewise.bench.worker as w; w._end_with_parent(); print(1, flush=True); time.sleep(600)"
+    start = f"p = subprocess.Popen([sys.executable, '-c', {turn!r}])"
+    bench = f"import subprocess, sys; {start}; print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen([sys.executable, "-c", bench], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        said = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
+    left = max(said)
+    for _ in range(500):
+        if _gone(left):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{left} still runs")
+
+
 def _gone(pid: int) -> bool:
     """Not there, or dead and only waiting for its parent to look."""
     status = Path(f"/proc/{pid}/status")
@@ -191,7 +208,10 @@ def _gone(pid: int) -> bool:
         ({"against": ()}, "at least one peer"),
         ({"rounds": 0}, "--rounds is 0"),
         ({"prompts": (64, 0)}, "--prompts is 0"),
-        ({"new": 1}, "--new is 1; 2 or more"),
+        ({"new": 1}, "--new is 1; 2 to"),
+        ({"threads": 999999}, r"--threads is 999999; 1 to \d+ are allowed"),
+        ({"timeout_s": float("nan")}, "--timeout-s is nan"),
+        ({"timeout_s": -1.0}, "--timeout-s is -1"),
     ],
 )
 def test_a_plan_that_means_nothing_is_refused(wrong: dict[str, Any], words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_import_litert import SECTIONS as LITERT
+from test_import_xctrace import XCTRACE
 
 from edgewise.bench.importers import open as importers
 from edgewise.bench.importers.open import READERS, read
+from edgewise.bench.importers.result import printable
 from edgewise.bench.measure import Measurement
-from edgewise.bench.trace import Span, Track, write
+from edgewise.bench.trace import Span, Track, library, write
 from edgewise.errors import EdgewiseError, UsageError
 
 File = Callable[[str | bytes], Path]
@@ -106,75 +110,36 @@ def test_onnxruntime_writes_what_we_read(tmp_path: Path) -> None:
     assert (found.date, found.versions) == ("unknown", {})
 
 
-LITERT = """I tflite  : STARTING!
-Num threads: [4]
-Graph: [/data/local/tmp/net.tflite]
-count=2 first=900 curr=800 min=800 max=900 avg=850 std=50
-count=50 first=400 curr=410 min=390 max=1.2e+03 avg=412.5 std=7 p5=391 median=405 p95=600
-Inference timings in us: Init: 5000, First inference: 900, Warmup (avg): 850, Inference (avg): 412.5
-Memory footprint delta from the start of the tool (MB): init=4.5 overall=20.25
-============================== Summary by node type ==============================
-\t             [Node type]\t  [count]\t  [avg ms]\t    [avg %]\t    [cdf %]\t  [mem KB]\t[times called]
-\t                 CONV_2D\t       15\t     0.300\t    75.000%\t    75.000%\t     0.000\t       15
-\t                 SOFTMAX\t        1\t     0.100\t    25.000%\t   100.000%\t     0.000\t        1
-"""
-
-
-def test_litert(file: File) -> None:
-    found = read(file(LITERT))
-    assert found.name == "litert"
-    assert found.results["inference"] == {
-        "unit": "us",
-        "count": 50,
-        "first": 400,
-        "curr": 410,
-        "min": 390,
-        "max": 1200,
-        "mean": 412.5,
-        "deviation": 7,
-        "p5": 391,
-        "median": 405,
-        "p95": 600,
-    }
-    assert found.results["init"]["median"] == 5000
-    assert found.results["memory overall"]["median"] == 20.25
-    assert found.results["operator CONV_2D"] == {"unit": "ms", "nodes": 15, "mean": 0.3}
-    assert found.settings["graph"] == "net.tflite"
-    assert found.settings["num threads"] == "4"
-
-
-XCTRACE = """<?xml version="1.0"?>
-<trace-query-result>
-<node xpath='//trace-toc[1]/run[1]/data[1]/table[13]'><schema name="time-profile">
-<col><mnemonic>time</mnemonic></col></schema>
-<row><sample-time id="1" fmt="00:00.300.613">300613208</sample-time><thread id="2" fmt="Main (App, pid: 5)"><tid id="3"
- fmt="0x1">1</tid><process id="4" fmt="App (5)"><pid id="5" fmt="5">5</pid></process></thread><process ref="4"/>
-<weight id="6" fmt="1.00 ms">1000000</weight><backtrace id="7"><frame id="8" name="sgemm" addr="0x1"><binary id="9"
- name="libBLAS.dylib"/></frame><frame id="10" name="main" addr="0x2"/></backtrace></row>
-<row><sample-time id="11" fmt="00:00.301">301613208</sample-time><thread ref="2"/><process ref="4"/><weight ref="6"/>
-<backtrace id="12"><frame ref="8"/><frame ref="10"/></backtrace></row>
-<row><thread ref="2"/><process id="13" fmt="Other (6)"/><weight ref="6"/><backtrace ref="7"/></row>
-<row><thread ref="2"/><process ref="4"/><weight ref="6"/><sentinel/></row>
-</node></trace-query-result>"""
-
-
-def test_xctrace(file: File) -> None:
-    found = read(file(XCTRACE))
-    assert found.name == "xctrace"
-    assert found.results == {
-        "cpu time": {"unit": "ms", "count": 4, "total": 4.0},
-        "process App (5)": {"unit": "ms", "count": 3, "total": 3.0},
-        "process Other (6)": {"unit": "ms", "count": 1, "total": 1.0},
-        "function sgemm": {"unit": "ms", "count": 3, "total": 3.0},
-        "function no backtrace": {"unit": "ms", "count": 1, "total": 1.0},
-    }
-
-
 def test_perfetto(tmp_path: Path) -> None:
     pytest.importorskip("perfetto", reason="the extra edgewise[profile] is not installed")
     path = tmp_path / "a.pftrace"
     write(path, "app", [Track("t", [Span(0, 3_000_000, "infer"), Span(5_000_000, 9_000_000, "infer")])])
-    assert read(path).results["slice infer"]["samples"] == [3.0, 4.0]
+    found = read(path)
+    assert found.results["slice infer"]["samples"] == [3.0, 4.0]
+    assert "left_out" not in found.settings
+
+
+def test_what_is_left_out_of_a_perfetto_trace_is_told(file: File) -> None:
+    pytest.importorskip("perfetto", reason="the extra edgewise[profile] is not installed")
+    protos = library()
+    trace = protos.Trace()
+    bundle = trace.packet.add().ftrace_events
+    for at, text in ((1, "E|7"), (2, "B|7|a"), (3, "E|7"), (4, "B|7|b")):
+        bundle.event.add(timestamp=at, pid=8).print.buf = text
+    found = read(file(trace.SerializeToString()))
+    assert found.results.keys() == {"slice a"}
+    assert found.settings["left_out"] == {
+        "slices that began before the recording": 1,
+        "slices that the recording does not see end": 1,
+    }
+    del bundle.event[1:3]
+    with pytest.raises(UsageError, match="holds no result; 1 slices that began before the recording were left out"):
+        read(file(trace.SerializeToString()), "perfetto")
+    del bundle.event[:]
+    for at, text in ((1, "B|7|\x1b[2J"), (1 << 63, "E|7")):
+        bundle.event.add(timestamp=at, pid=8).print.buf = text
+    with pytest.raises(UsageError, match=r"duration of \\x1b\[2J in ns is 9223372036854775807; no time"):
+        read(file(trace.SerializeToString()))
 
 
 def test_it_is_kept_as_a_measurement(file: File, tmp_path: Path) -> None:
@@ -186,14 +151,6 @@ def test_it_is_kept_as_a_measurement(file: File, tmp_path: Path) -> None:
 def test_a_tool_without_a_sampled_format_is_not_claimed(file: File) -> None:
     with pytest.raises(UsageError, match="no importer for 'simpleperf'; there are llama-bench"):
         read(file(""), "simpleperf")
-    with pytest.raises(UsageError, match="the table 'os-signpost' of xctrace; only time-profile is read"):
-        read(file(XCTRACE.replace("time-profile", "os-signpost")))
-
-
-BOMB = (
-    '<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
-    '<trace-query-result><node><schema name="time-profile"/>&b;</node></trace-query-result>'
-)
 
 
 @pytest.mark.parametrize(
@@ -201,23 +158,20 @@ BOMB = (
     [
         (None, "", "this is no file of"),
         (None, b"\x89PNG", "this is no file of"),
-        ("xctrace", BOMB, "document type"),
-        ("xctrace", XCTRACE[:-30], "not whole XML"),
-        ("xctrace", "<a>" * 1000, "nested deeper"),
-        ("xctrace", "<trace-query-result/>", "no table|with the table"),
-        ("xctrace", XCTRACE.replace("1000000<", "1e999<"), "a weight is inf"),
         ("xctrace", XCTRACE.replace("1000000<", "much<"), "a weight is 'much'"),
         ("llama-bench", json.dumps(TESTS)[:-20], "not JSON"),
         ("llama-bench", "[]", "holds no result"),
         ("llama-bench", json.dumps([bench_row(n_prompt="x")]), "n_prompt"),
         ("llama-bench", json.dumps([bench_row(samples_ts=[-1.0])]), "not negative"),
+        ("llama-bench", json.dumps([bench_row(samples_ts=[1e308] * 3)]), r"a sample of samples_ts is 1e\+308; no time"),
+        ("llama-bench", json.dumps([bench_row(samples_ts=[], avg_ts=1e200)]), r"avg_ts is 1e\+200"),
+        ("llama-bench", json.dumps([bench_row(samples_ts=[], stddev_ts=-1.0)]), "stddev_ts is -1"),
         ("llama-bench", json.dumps([bench_row()] * 501), "at most 500"),
         ("llama-bench", "[" * 100_000, "not JSON"),
         ("onnxruntime", '[{"cat": "Session", "name": "model_run", "dur": "x"}]', "dur"),
         ("onnxruntime", '[{"cat": "Session", "name": "model_run", "dur": -1}]', "not negative"),
+        ("onnxruntime", '[{"cat": "Session", "name": "model_run", "dur": 1e308}]', "duration of model_run is 1e"),
         ("onnxruntime", '[{"cat": "cc", "name": "x"}]', "Session or Node"),
-        ("litert", LITERT.partition("Inference")[0], "not the whole output"),
-        ("litert", LITERT.replace("avg=412.5", "avg=1e999"), "avg is inf"),
         ("litert", b"\xff" * 100, "not the whole output"),
     ],
 )
@@ -230,9 +184,46 @@ def test_a_bad_file_is_refused_in_one_line(file: File, tool: str | None, content
 def test_a_huge_file_is_refused_unread(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     path = file("x" * 100)
     monkeypatch.setattr(importers, "SIZE_LIMIT", 99)
-    monkeypatch.setattr(Path, "read_bytes", pytest.fail)
+    monkeypatch.setattr(Path, "open", pytest.fail)
     with pytest.raises(UsageError, match="has 100 bytes; at most 99"):
         read(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here, whose files have no size")
+def test_a_file_with_more_than_it_says_is_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importers, "SIZE_LIMIT", 99)
+    with pytest.raises(UsageError, match="has more bytes than it says; at most 99"):
+        read(Path("/proc/self/maps"))
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A device never ends, a pipe may never begin."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(UsageError, match=f"{path} is not a regular file"):
+            read(path, "litert")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "nowhere")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("start", ["", "[", "[{", '[{"cat"', '[{"cat":'])
+def test_telling_the_tool_takes_no_time_that_grows_with_the_square(start: str, file: File) -> None:
+    """64 KB of spaces took 4 seconds once."""
+    for filling in (" ", "{", '"', '"cat"'):
+        with pytest.raises(UsageError, match="no file of"):
+            read(file(start + filling * (1 << 20)))
+
+
+def test_names_cannot_speak_to_a_terminal(file: File) -> None:
+    name = "\x1b[2Jred\x9b31m\u202eok\n"
+    assert printable(name) == "\\x1b[2Jred\\x9b31m\\u202eok\\n"
+    node = {"cat": "Node", "name": f"{name}_kernel_time", "dur": -1}
+    with pytest.raises(UsageError) as refused:
+        read(file(json.dumps([node, {"cat": "Session", "name": "model_run", "dur": 1}])))
+    assert printable(name) in str(refused.value)
+    assert str(refused.value).isprintable()
 
 
 RUN = '[{"cat": "Session", "name": "model_run", "dur": 1}]'

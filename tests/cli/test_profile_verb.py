@@ -46,6 +46,18 @@ def test_a_trace_is_written(in_stock: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "out.pftrace").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(("place", "code"), [("", 2), ("nowhere/out.pftrace", 2), ("x" * 254, 3)])
+def test_a_trace_that_cannot_be_written_is_refused_at_once(
+    place: str, code: int, in_stock: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("perfetto", reason="the extra edgewise[profile] is not installed")
+    monkeypatch.setattr("edgewise.bench.profile._serve", pytest.fail)
+    done = in_stock(*PROFILE, "--trace", tmp_path / place)
+    assert (done.code, done.out, done.err.count("\n")) == (code, "", 1)
+    assert str(tmp_path / place) in done.err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [
@@ -55,6 +67,7 @@ def test_a_trace_is_written(in_stock: Cli, tmp_path: Path) -> None:
         (("profile", "x", "--requests", "0"), 2, "requests"),
         (("bench", "import", "nowhere.json"), 3, "nowhere.json"),
         (("bench", "import", "nowhere.json", "-o", "out.txt"), 2, "out.txt"),
+        (("bench", "import", "/dev/zero"), 2, "/dev/zero is not a regular file"),
     ],
 )
 def test_a_refusal_is_one_line(in_stock: Cli, arguments: tuple[str, ...], code: int, why: str) -> None:
@@ -71,3 +84,41 @@ def test_results_of_another_tool_become_a_measurement(cli: Cli, tmp_path: Path) 
     assert Measurement.read(kept).results["pp8"]["median"] == 2.0
     assert cli("bench", "import", source).out.split() == ["pp8", "2", "tok/s", "median"]
     assert cli("bench", "import", source, "--from", "litert").code == 2
+
+
+def test_the_file_that_is_read_is_not_overwritten(cli: Cli, tmp_path: Path) -> None:
+    source, link = tmp_path / "bench.json", tmp_path / "link.json"
+    source.write_text(json.dumps([{"n_prompt": 8, "n_gen": 0, "avg_ts": 2.0}]))
+    link.symlink_to(source)
+    before = source.read_bytes()
+    for out in (source, link, tmp_path / "." / "bench.json"):
+        done = cli("bench", "import", source, "-o", out)
+        assert (done.code, done.out) == (2, "")
+        assert "is the file that is read" in done.err
+    assert source.read_bytes() == before
+    (tmp_path / "folder.json").mkdir()
+    done = cli("bench", "import", source, "-o", tmp_path / "folder.json")
+    assert (done.code, f"{tmp_path / 'folder.json'} is a directory" in done.err) == (2, True)
+    done = cli("bench", "import", source, "-o", tmp_path / ("x" * 250 + ".json"))
+    assert (done.code, f": {tmp_path}/x" in done.err) == (3, True)
+
+
+def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(cli: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "bench.json"
+    row = {"n_prompt": 8, "n_gen": 0, "avg_ts": 2.0}
+    source.write_text(json.dumps([row | {"model": "\x1b[2Ja"}, row | {"model": "b\x9b31m\n"}]))
+    done = cli("bench", "import", source)
+    assert done.out.splitlines() == [
+        "pp8 model=\\x1b[2Ja    2  tok/s  mean",
+        "pp8 model=b\\x9b31m\\n  2  tok/s  mean",
+    ]
+    assert "pp8 model=\x1b[2Ja" in cli("bench", "import", source, "--json").json["results"]
+
+
+def test_what_is_left_out_is_told(cli: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "export.xml"
+    rows = "<row><weight>1000000</weight><backtrace><frame name='f'/></backtrace></row><row/>"
+    source.write_text(f"<trace-query-result><node><schema name='time-profile'/>{rows}</node></trace-query-result>")
+    done = cli("bench", "import", source)
+    assert (done.code, done.err) == (0, "edgewise: left out: 1 samples without a weight\n")
+    assert done.out.splitlines()[0].split() == ["cpu", "time", "1", "ms", "total"]

@@ -8,6 +8,7 @@ bundle with exact weights and float32 activations, which benchmarks/fidelity.py 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ JUDGED = 256  # positions whose distributions are compared
 GREEDY = 64  # tokens of the prompt, and of the answer, that show whether engines agree
 SHORT = 8  # tokens of the prompt that a cold start answers
 PREPARE_TIMEOUT_S = 3600.0
+MOST_TOKENS = 1 << 24
+MOST_THREADS = 4  # times the cores: more only wait for each other
+DAY_S = 86400.0
 LOCAL = {"HF_HUB_OFFLINE": "1"}  # the source is here; no converter has to ask the Hub for it
 UNITS = {"decode_tok_s": "tok/s", "prefill_tok_s": "tok/s", "ttft_ms": "ms", "cold_start_s": "s", "peak_rss_bytes": "B"}
 MORE_IS_BETTER = {"decode_tok_s", "prefill_tok_s"}
@@ -67,15 +71,17 @@ class Comparison:
                 raise UsageError(f"there is no peer {name!r}", hint=f"known: {', '.join(PEERS)}")
         if not (self.against and self.prompts and self.streams):
             raise UsageError("at least one peer, one prompt length and one number of streams are needed")
-        for name, least, given in (
-            ("--rounds", 1, self.rounds),
-            ("--prompts", 1, min(self.prompts)),
-            ("--new", 2, self.new),
-            ("--threads", 1, self.threads),
-            ("--streams", 1, min(self.streams)),
+        for name, least, most, given in (
+            ("--rounds", 1, 1000, (self.rounds,)),
+            ("--prompts", 1, MOST_TOKENS, self.prompts),
+            ("--new", 2, MOST_TOKENS, (self.new,)),
+            ("--threads", 1, MOST_THREADS * (os.cpu_count() or 1), (self.threads,)),
+            ("--streams", 1, 1000, self.streams),
         ):
-            if given < least:
-                raise UsageError(f"{name} is {given}; {least} or more is needed")
+            if wrong := [number for number in given if not least <= number <= most]:
+                raise UsageError(f"{name} is {wrong[0]}; {least} to {most} are allowed")
+        if not 0 < self.timeout_s <= DAY_S:
+            raise UsageError(f"--timeout-s is {self.timeout_s:g}; more than 0 and at most {DAY_S:g} is allowed")
 
     @property
     def model_name(self) -> str:

@@ -6,10 +6,14 @@ The format is the protobuf `perfetto.protos.Trace` of google/perfetto, docs/refe
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import zlib
+from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ SEQUENCE = 1  # all packets come from one writer
 PROCESS = 1  # uuid of the process track; the other tracks count on from there
 SEQUENCE_CLOCKS = 64  # clock ids from here on belong to one packet sequence
 MOST_OPEN = 4096  # slices open at once on one track of a file that we read
+MOST_INFLATED = 512 << 20  # bytes of all its compressed packets
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +62,52 @@ def library() -> Any:
         raise MissingExtra("perfetto", "profile") from error
 
 
+def check_place(path: Path) -> None:
+    """Whether `write` can put a trace there, tried out without a trace. UsageError if the path cannot be that of a
+    file, OSError with the path if the system refuses it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; a trace is a file", hint=f"name one in it: {path / 'out.pftrace'}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no regular file, and a trace replaces what is there", hint="name another file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no directory {path.parent}", hint="make it first")
+    with _named(path):
+        part = _part(path)
+        part.touch()
+        part.unlink()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The system's refusals tell of the user's file, not of the one that we write first."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 def write(path: Path, process: str, tracks: Iterable[Track], counters: Iterable[Counter] = ()) -> None:
-    """A trace of one process, whole or not at all. Time zero is the earliest moment in it."""
+    """A trace of one process, whole or not at all. Time zero is the earliest moment in it. As `check_place` if it
+    cannot be written."""
+    check_place(path)
     tracks, counters = list(tracks), list(counters)
     starts = [span.start_ns for track in tracks for span in track.spans]
     zero = min([*starts, *(at for counter in counters for at, _ in counter.points)], default=0)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = _part(path)
     try:
-        with part.open("wb") as file:
-            writer = _Writer(file, library(), zero)
-            writer.process(process)
-            for track in tracks:
-                writer.track(track)
-            for counter in counters:
-                writer.counter(counter)
-        part.replace(path)
+        with _named(path):
+            with part.open("wb") as file:
+                writer = _Writer(file, library(), zero)
+                writer.process(process)
+                for track in tracks:
+                    writer.track(track)
+                for counter in counters:
+                    writer.counter(counter)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -174,19 +210,20 @@ def _annotate(annotation: Any, name: str, value: int | float | str) -> None:
         annotation.double_value = value
 
 
-def read(data: bytes) -> list[Track]:
-    """The tracks that hold slices, in order of first appearance: track events, and what Android apps print through
-    atrace ("B|pid|name", "E|pid") in ftrace events. What has no end in the file is left out. UsageError if the bytes
-    are no trace, MissingExtra without the perfetto package."""
-    protos = library()
-    try:
-        packets = protos.Trace.FromString(data).packet
-    except Exception as error:  # protobuf's own class differs from one implementation to the next
-        raise UsageError(f"this is not a Perfetto trace: {error}") from error
-    reader = _Reader(protos)
-    for packet in packets:
-        reader.take(packet)
-    return reader.tracks()
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The tracks that hold slices, in order of first appearance, and how much of what the file holds is not in them."""
+
+    tracks: list[Track]
+    left_out: dict[str, int]
+
+
+def read(data: bytes) -> Trace:
+    """Track events, and what Android apps print through atrace in ftrace events. UsageError if the bytes are no trace
+    or are compressed as cannot be read, MissingExtra without the perfetto package."""
+    reader = _Reader(library())
+    reader.take_all(data)
+    return reader.trace()
 
 
 class _Reader:
@@ -194,22 +231,53 @@ class _Reader:
     clears its state."""
 
     def __init__(self, protos: Any) -> None:
-        self._types = protos.TrackEvent
+        self._protos, self._types = protos, protos.TrackEvent
         self._cleared = protos.TracePacket.SEQ_INCREMENTAL_STATE_CLEARED
-        self._names: dict[tuple[int, int], str] = {}
+        self._names: dict[int, dict[int, str]] = defaultdict(dict)  # sequence -> number -> name
         self._labels: dict[object, str] = {}
         self._defaults: dict[int, Any] = {}  # sequence -> what its packets mean when they say nothing
         self._clocks: dict[tuple[int, int], tuple[int, int, bool]] = {}  # -> (time, ns per unit, counts from the last)
         self._moments: list[tuple[int, object, str | None]] = []  # (time, track, name of what begins, None: it ends)
+        self._left_out: Tally[str] = Tally()
+        self._room = MOST_INFLATED
 
-    def take(self, packet: Any) -> None:
+    def take_all(self, data: bytes, *, inflated: bool = False) -> None:
+        try:
+            packets = self._protos.Trace.FromString(data).packet
+        except Exception as error:  # protobuf's own class differs from one implementation to the next
+            raise UsageError(f"this is not a Perfetto trace: {error}") from error
+        for packet in packets:
+            if packet.HasField("zstd_compressed_packets"):
+                raise UsageError("this trace has packets compressed with zstd", hint="record with deflate or without")
+            if not packet.HasField("compressed_packets"):
+                self._take(packet)
+            elif inflated:
+                raise UsageError("this trace has compressed packets within compressed packets")
+            else:
+                self.take_all(self._inflated(packet.compressed_packets), inflated=True)
+
+    def _inflated(self, data: bytes) -> bytes:
+        """A few bytes may stand for gigabytes, so no more than there is room for is made of them."""
+        inflater = zlib.decompressobj()
+        try:
+            packets = inflater.decompress(data, self._room + 1)
+        except zlib.error as error:
+            raise UsageError(f"this trace has compressed packets that are damaged: {error}") from error
+        self._room -= len(packets)
+        if self._room < 0:
+            raise UsageError(f"the compressed packets of this trace hold more than {MOST_INFLATED} bytes")
+        if not inflater.eof:
+            raise UsageError("this trace has compressed packets that are cut off")
+        return packets
+
+    def _take(self, packet: Any) -> None:
         sequence = packet.trusted_packet_sequence_id
         if packet.sequence_flags & self._cleared:
-            self._names = {key: name for key, name in self._names.items() if key[0] != sequence}
+            self._names.pop(sequence, None)
         if packet.HasField("trace_packet_defaults"):
             self._defaults[sequence] = packet.trace_packet_defaults
         for entry in packet.interned_data.event_names:
-            self._names[sequence, entry.iid] = entry.name
+            self._names[sequence][entry.iid] = entry.name
         if packet.HasField("clock_snapshot"):
             self._set_clocks(sequence, packet.clock_snapshot)
         elif packet.HasField("track_descriptor"):
@@ -219,9 +287,9 @@ class _Reader:
         elif packet.HasField("ftrace_events"):
             for event in packet.ftrace_events.event:
                 if event.HasField("print"):
-                    self._atrace(event.pid, event.timestamp, event.print.buf)
+                    self._print(event.pid, event.timestamp, event.print.buf)
 
-    def tracks(self) -> list[Track]:
+    def trace(self) -> Trace:
         """Ftrace events lie in the file by processor; only in the order of time do they nest."""
         spans: dict[object, list[Span]] = {}
         opened: dict[object, list[tuple[int, str]]] = defaultdict(list)
@@ -230,10 +298,14 @@ class _Reader:
                 if len(opened[track]) >= MOST_OPEN:
                     raise UsageError(f"this trace has more than {MOST_OPEN} slices open at once on one track")
                 opened[track].append((at, name))
-            elif opened[track]:  # else it began before the recording did
+            elif opened[track]:
                 start, begun = opened[track].pop()
                 spans.setdefault(track, []).append(Span(start, at, begun))
-        return [Track(self._labels.get(track, str(track)), found) for track, found in spans.items()]
+            else:
+                self._left_out["slices that began before the recording"] += 1
+        self._left_out["slices that the recording does not see end"] = sum(map(len, opened.values()))
+        tracks = [Track(self._labels.get(track, str(track)), found) for track, found in spans.items()]
+        return Trace(tracks, {what: count for what, count in self._left_out.items() if count})
 
     def _set_clocks(self, sequence: int, snapshot: Any) -> None:
         for clock in snapshot.clocks:
@@ -262,14 +334,32 @@ class _Reader:
         defaults = self._defaults.get(sequence)
         track = event.track_uuid or (defaults.track_event_defaults.track_uuid if defaults is not None else 0)
         if event.type == self._types.TYPE_SLICE_BEGIN:
-            name = event.name or self._names.get((sequence, event.name_iid), "")
+            name = event.name or self._names[sequence].get(event.name_iid, "")
             self._moments.append((at, track, name))
         elif event.type == self._types.TYPE_SLICE_END:
             self._moments.append((at, track, None))
+        elif event.type == self._types.TYPE_UNSPECIFIED and event.HasField("legacy_event"):
+            self._left_out["track events of the legacy form"] += 1
 
-    def _atrace(self, thread: int, at: int, text: str) -> None:
-        kind, _, rest = text.strip().partition("|")
+    def _print(self, thread: int, at: int, text: str) -> None:
+        """What atrace writes: `B|process|name` and `E|process` for slices of a thread; `S|process|name|cookie` and
+        `F|…`, `G|process|track|name|cookie` and `H|process|track|cookie` for those that may end in another one."""
+        kind, *fields = text.rstrip("\n\0").split("|")
         if kind == "B":
-            self._moments.append((at, f"thread {thread}", rest.partition("|")[2]))
+            self._moments.append((at, f"thread {thread}", "|".join(fields[1:])))
         elif kind == "E":
             self._moments.append((at, f"thread {thread}", None))
+        elif kind in ("S", "F", "G", "H"):
+            self._asynchronous(kind, at, fields)
+
+    def _asynchronous(self, kind: str, at: int, fields: list[str]) -> None:
+        """Each on a track of its own: only the cookie tells which end is whose."""
+        row_at = 3 if kind == "G" or (kind == "H" and len(fields) > 3) else 2
+        if len(fields) <= row_at or not fields[1]:
+            self._left_out["asynchronous slices without a name or cookie"] += 1
+            return
+        process, row, cookie = fields[0], fields[1], fields[row_at]
+        track = ("G" if kind in "GH" else "S", process, row, cookie)
+        self._labels[track] = f"{row} (process {process})"
+        begins = {"S": row, "G": fields[2]}
+        self._moments.append((at, track, begins.get(kind)))

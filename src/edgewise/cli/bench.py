@@ -54,6 +54,8 @@ def engines(
     from edgewise.bench.measure import Measurement
     from edgewise.bench.peers.base import PEERS
 
+    if name != Path(name).name or name.startswith("."):
+        raise UsageError(f"--name is {name!r}; the name of a file is needed", hint="-o names its directory")
     plan = Comparison(
         model=model,
         against=tuple(against.split(",")),

@@ -78,11 +78,23 @@ def page(facts: dict[str, Any]) -> str:
             f"KV: at most {kv['peak_rows']} rows of {kv['bytes_per_row']} bytes in use, "
             f"{kv['peak_bytes'] / 1e6:.1f} MB. Queue wait: {_range(facts['queue_wait_ms'])} ms.",
             "Phases are timed around the calls of tokenizer and model, with profiling on, and summed over requests.\n"
+            "A forward that serves several requests is shared out among them by their tokens.\n"
             f"{fill(facts['timed'], WIDTH)}\n"
-            "Take shares from this page, and speeds from the run with profiling off.\n"
-            f"No run of a graph juts out of its forward by more than {facts['clock_skew_us']:.0f} us.",
+            "Take shares from this page, and speeds from the run with profiling off.\n" + "\n".join(_doubts(facts)),
         ]
     )
+
+
+def _doubts(facts: dict[str, Any]) -> list[str]:
+    """How well what was noted fits together."""
+    skew, strays = facts["clock_skew_us"], facts["stray_runs"]
+    said = []
+    if skew is not None:
+        said.append(f"No run of a graph juts out of its forward by more than {skew:.0f} us.")
+    if strays["count"]:
+        said.append(f"{strays['count']} runs of graphs ({strays['ms']:.2f} ms) lie in no forward and are not counted.")
+    said += [f"{count} {what}: their phases are missing here." for what, count in facts["unclaimed"].items()]
+    return said or ["The runtime recorded no run of a graph."]
 
 
 def _speeds(facts: dict[str, Any]) -> list[Cells]:

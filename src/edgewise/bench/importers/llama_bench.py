@@ -79,7 +79,8 @@ def _speed(test: _Test) -> dict[str, Any]:
     samples = [checked(sample, "a sample of samples_ts") for sample in test.samples_ts]
     if samples:
         return spread(samples, "tok/s")
-    return {"unit": "tok/s", "mean": checked(test.avg_ts, "avg_ts"), "deviation": test.stddev_ts}
+    deviation = None if test.stddev_ts is None else checked(test.stddev_ts, "stddev_ts")
+    return {"unit": "tok/s", "mean": checked(test.avg_ts, "avg_ts"), "deviation": deviation}
 
 
 def _name(test: _Test, own: dict[str, Any]) -> str:

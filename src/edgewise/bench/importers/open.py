@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Final
 import msgspec
 
 from edgewise.bench.importers import litert, llama_bench, onnxruntime, perfetto, xctrace
+from edgewise.bench.importers.result import printable
 from edgewise.bench.measure import Measurement
 from edgewise.errors import UsageError
 
@@ -24,11 +26,11 @@ READERS: Final[dict[str, Callable[[bytes], Measurement]]] = {
     "xctrace": xctrace.read,
     "perfetto": perfetto.read,
 }
-# The first that is found is it.
+# The first that is found is it. Spaces are taken whole (*+): given back one by one they would cost their square.
 SIGNS: Final = (
-    ("xctrace", re.compile(rb"\A\s*(?:<\?xml[^>]*>\s*)?<trace-query-result")),
-    ("llama-bench", re.compile(rb'\A\s*\[?\s*\{[^}]*"(?:build_commit|n_prompt)"')),
-    ("onnxruntime", re.compile(rb'\A\s*\[\s*\{[^}]*"cat"\s*:\s*"(?:Session|Node)"')),
+    ("xctrace", re.compile(rb"\A\s*+(?:<\?xml[^>]*+>\s*+)?+<trace-query-result")),
+    ("llama-bench", re.compile(rb'\A\s*+\[?+\s*+\{[^}]*"(?:build_commit|n_prompt)"')),
+    ("onnxruntime", re.compile(rb'\A\s*+\[\s*+\{[^}]*"cat"\s*+:\s*+"(?:Session|Node)"')),
     ("litert", re.compile(rb"\bcount=[0-9]{1,18} (?:first|curr)=|nference timings in us: ")),
     ("perfetto", re.compile(rb"\A\n")),  # field 1 of a Trace: a packet
 )
@@ -42,19 +44,34 @@ def read(path: Path, tool: str | None = None) -> Measurement:
         raise UsageError(
             f"there is no importer for {tool!r}; there are {', '.join(READERS)}", hint="docs/formats/importers.md"
         )
-    size = path.stat().st_size
-    if size > SIZE_LIMIT:
-        raise UsageError(f"{path} has {size} bytes; at most {SIZE_LIMIT} are read", hint="export a part of it")
-    data = path.read_bytes()
+    data = _content(path)
     try:
         found = READERS[tool or _tool(data)](data)
     except UsageError as error:
-        raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
+        raise UsageError(printable(f"{path}: {error.message}"), hint=error.hint) from error
     return msgspec.structs.replace(
         found,
         command=f"edgewise bench import {path.name}",
         settings=found.settings | {"file_sha256": sha256(data).hexdigest()},
     )
+
+
+def _content(path: Path) -> bytes:
+    """A device or a pipe has no size, may never end and may never begin: only regular files are opened."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise UsageError(f"{path} is not a regular file", hint="write what the tool prints to a file first")
+    if about.st_size > SIZE_LIMIT:
+        raise _too_large(path, f"{about.st_size} bytes")
+    with path.open("rb") as file:
+        data = file.read(SIZE_LIMIT + 1)  # some files of /proc have more than they say
+    if len(data) > SIZE_LIMIT:
+        raise _too_large(path, "more bytes than it says")
+    return data
+
+
+def _too_large(path: Path, size: str) -> UsageError:
+    return UsageError(f"{path} has {size}; at most {SIZE_LIMIT} are read", hint="export a part of it")
 
 
 def _tool(data: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Final, TypeVar
 
@@ -16,6 +16,7 @@ T = TypeVar("T")
 UNKNOWN: Final = "unknown"
 RAW_LIMIT: Final = 1000  # raw samples kept of one figure; of more, a summary
 NAME_LIMIT: Final = 100  # names kept of one kind, the dearest first
+MOST: Final = 1e18  # of any unit that occurs here; 30 years in nanoseconds
 
 
 def imported(
@@ -26,10 +27,14 @@ def imported(
     machine: dict[str, Any] | None = None,
     versions: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> Measurement:
-    """A Measurement of what a tool measured somewhere else. UsageError if the file held no result."""
+    """A Measurement of what a tool measured somewhere else. `left_out` counts what the file holds and the results do
+    not. UsageError if the file held no result."""
+    skipped = {what: count for what, count in (left_out or {}).items() if count}
     if not results:
-        raise UsageError(f"the {tool} file holds no result")
+        besides = "".join(f"; {count} {what} were left out" for what, count in skipped.items())
+        raise UsageError(f"the {tool} file holds no result{besides}")
     nothing = dict.fromkeys(("cpu", "cores", "simd", "memory_bytes", "system", "python"))
     return Measurement(
         name=tool,
@@ -37,7 +42,7 @@ def imported(
         date=date or UNKNOWN,
         machine=nothing | (machine or {}),
         versions=versions or {},
-        settings={"imported_from": tool} | (settings or {}),
+        settings={"imported_from": tool} | (settings or {}) | ({"left_out": skipped} if skipped else {}),
         results=results,
     )
 
@@ -75,7 +80,15 @@ def decoded(data: bytes, type: type[T], what: str) -> T:
 
 
 def checked(value: float, name: str) -> float:
-    """A time or a speed; UsageError if it is none."""
+    """A time, a speed or a size; UsageError if it is none. What is finite but beyond all machines would overflow in
+    sums and become null in JSON."""
     if not math.isfinite(value) or value < 0:
-        raise UsageError(f"{name} is {value!r}; times and speeds are finite and not negative")
+        raise UsageError(f"{name} is {value!r}; times, speeds and sizes are finite and not negative")
+    if value > MOST:
+        raise UsageError(f"{name} is {value!r}; no time, speed or size is above {MOST:.0e}")
     return value
+
+
+def printable(text: str) -> str:
+    """Names come from files that others made: what a terminal would obey is shown as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

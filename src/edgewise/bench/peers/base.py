@@ -93,7 +93,11 @@ REFERENCE = Contestant("reference", "ours", "edgewise", "onnxruntime")  # of a b
 
 _GENAI = "onnxruntime-genai onnx-ir torch transformers gguf accelerate"  # all but the first for its model builder
 PEERS: dict[str, tuple[Contestant, ...]] = {
-    "llamacpp": (Contestant("llamacpp", "llamacpp", "xllamacpp", install="xllamacpp"),),
+    "llamacpp": (
+        Contestant("llamacpp", "llamacpp", "xllamacpp", "as-is", "xllamacpp"),
+        Contestant("llamacpp plain attention", "llamacpp", "xllamacpp", "plain", "xllamacpp"),
+        Contestant("llamacpp int8", "llamacpp", "xllamacpp", "int8", "xllamacpp gguf"),
+    ),
     "ort-genai": (
         Contestant("ort-genai int8", "ort_genai", "onnxruntime-genai", "int8", _GENAI),
         Contestant("ort-genai int4", "ort_genai", "onnxruntime-genai", "int4", _GENAI),
