@@ -51,8 +51,13 @@ def engines(measurement: Measurement) -> Rows:
     for cell in measurement["results"]["cells"]:
         for name, row in cell["engines"].items():
             kl = "unknown" if row["kl"] is None else f"{row['kl']:.2g}"
-            medians = [f"{row[key]['median'] * scale:.3g}" if row[key] else "" for key, scale in columns.items()]
+            medians = [short(row[key]["median"] * scale) if row[key] else "" for key, scale in columns.items()]
             yield [str(cell["prompt_tokens"]), name, kl, *medians, *ratios(cell, name)]
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratios(cell: dict[str, Any], name: str) -> list[str]:
@@ -106,6 +111,31 @@ def verdict(figure: dict[str, Any], bound: str, much: float) -> str:
     return "met" if min(low, high) >= least else "met, not in every round"
 
 
+LIMITS = {
+    "decode_read": "decode: bytes read",
+    "decode_int8": "decode: int8 products",
+    "prefill_int8": "prefill: int8 products",
+    "prefill_fp32": "prefill: fp32 products",
+}
+
+
+def limits(measurement: Measurement) -> Rows:
+    """What the machine's read bandwidth and arithmetic allow one stream, and who reaches how much of it."""
+    yield ["prompt", "limit", "tok/s", "edgewise fast", "the best peer"]
+    for cell in measurement["results"]["cells"]:
+        found, peers = cell["limits"], cell["ratio_to"]
+        for key, name in LIMITS.items():
+            best = max(peers, key=lambda peer: found["share"][peer][key])
+            ours, theirs = found["share"]["edgewise fast"][key], found["share"][best][key]
+            yield [
+                str(cell["prompt_tokens"]),
+                name,
+                short(found[f"{key}_tok_s"]),
+                f"{ours:.0%}",
+                f"{best}, {theirs:.0%}",
+            ]
+
+
 def gemma_targets(measurement: Measurement) -> Rows:
     return targets(measurement, GEMMA_TARGETS)
 
@@ -126,6 +156,17 @@ def fidelity(measurement: Measurement) -> Rows:
         yield [name, *compared, agreed, f"{row['perplexity']:.2f}"]
 
 
+def where(measurement: Measurement) -> Rows:
+    """Shares of the operators, the dearest first, and the steps of a cold start."""
+    yield ["of", "what", "median"]
+    for part in ("prefill", "decode"):
+        found = measurement["results"][part].items()
+        for name, share in sorted(found, key=lambda item: -item[1]["median"]):
+            yield [part, name, f"{share['median']:.1%}"]
+    for step, took in measurement["results"]["cold_start"].items():
+        yield ["cold start", step, f"{took['median']:.0f} ms"]
+
+
 def block_size(measurement: Measurement) -> Rows:
     yield ["layers a block", "prefill tok/s", "decode tok/s"]
     for layers, row in measurement["results"].items():
@@ -133,10 +174,10 @@ def block_size(measurement: Measurement) -> Rows:
 
 
 def node(measurement: Measurement) -> Rows:
-    yield ["tokens come", "node", "CPU time a token, us", "added latency p50, us"]
+    yield ["tokens come", "node", "CPU time a token, us", "added latency p50, us", "of the first token"]
     for name, found in measurement["results"].items():
         for kind in ("cloud", "serve"):
-            yield [name, kind, interval(found[kind]["cpu_us"]), interval(found[kind]["added_us"])]
+            yield [name, kind, *(interval(found[kind][key]) for key in ("cpu_us", "added_us", "first_us"))]
 
 
 def breaker(measurement: Measurement) -> Rows:
@@ -152,9 +193,11 @@ def breaker(measurement: Measurement) -> Rows:
 TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "engines": ("engines", engines),
     "engines_targets": ("engines", targets),
+    "engines_limits": ("engines", limits),
     "engines_gemma": ("engines_gemma", engines),
     "engines_gemma_targets": ("engines_gemma", gemma_targets),
     "node_targets": ("node", node_targets),
+    "where": ("where", where),
     "fidelity": ("fidelity", fidelity),
     "block_size": ("block_size", block_size),
     "node": ("node", node),

@@ -69,10 +69,10 @@ class UnsupportedField(RequestError):
 class ContextFull(RequestError):
     """Prompt and answer do not fit the context; carries the limit and the need, in tokens."""
 
-    def __init__(self, needed: int, limit: int) -> None:
+    def __init__(self, needed: int, limit: int, *, param: str | None = None) -> None:
         super().__init__(
             f"the request needs {needed} tokens of context, the model has {limit}",
-            param="messages",
+            param=param,
             hint="shorten the prompt or choose a model with a longer context",
         )
         self.needed = needed

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from edgewise.errors import ConfigError
@@ -93,21 +93,26 @@ def _setting(default: object, parse: Parse, about: str, *flags: str) -> Any:
     return field(default=default, metadata={"parse": parse, "about": about, "flags": flags})
 
 
+Runtime = Literal["auto", "native", "onnxruntime"]
+Mode = Literal["fast", "stable"]
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
     """The model that runs on this machine: the edge of `ask` and `serve`, the whole of `cloud`."""
 
     name: str = _setting(DEFAULT_MODEL, _text, "bundle name, bundle directory or .gguf file", "--edge", "--model")
-    runtime: Literal["auto", "native", "onnxruntime"] = _setting(
+    runtime: Runtime = _setting(
         "auto",
-        _choice("auto", "native", "onnxruntime"),
+        _choice(*get_args(Runtime)),
         "what computes a bundle: our own kernels, onnxruntime, or the first of them that can",
         "--runtime",
     )
-    mode: Literal["fast", "stable"] = _setting(
+    mode: Mode = _setting(
         "stable",
-        _choice("fast", "stable"),
-        "numerics: stable (the same request gives the same answer), or fast (quicker, without that promise)",
+        _choice(*get_args(Mode)),
+        "numerics on onnxruntime: stable (the same request gives the same answer) or fast (quicker, without that "
+        "promise); our own kernels are stable always",
         "--mode",
     )
     slots: int = _setting(4, _whole(1, 256), "requests that run at once; each holds a KV cache")
@@ -133,7 +138,7 @@ class RouteSettings:
     threshold: float | None = _setting(
         None, _number(0, 1), "edge answers with a confidence below it go to the cloud", "--threshold"
     )
-    policy: Path | None = _setting(None, _path, "a policy file; unset: the policy that ships", "--policy")  # noqa: RUF009
+    policy: Path | None = _setting(None, _path, "a policy file; unset: the policy that ships", "--policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class ServeSettings:
 class Settings:
     """All settings. Made by `load`, which expands and checks every value."""
 
-    home: Path = _setting(Path("~/.edgewise"), _path, "where bundles and other state live")  # noqa: RUF009
+    home: Path = _setting(Path("~/.edgewise"), _path, "where bundles and other state live")
     threads: int | None = _setting(None, _whole(1, 1024), "threads of the runtime; unset: one per core")
     model: ModelSettings = field(default_factory=ModelSettings)
     cloud: CloudSettings = field(default_factory=CloudSettings)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,20 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
+RANGES: Final[
+    Mapping[str, tuple[float, float]]
+] = {  # of Sampling's, but top_p; both ends are allowed
+    "temperature": (0.0, 2.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "logit_bias": (-100.0, 100.0),
+    "seed": (0, 2**63 - 1),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One wish for text. One of `messages`, `prompt` (a text to go on from, no template) and `prompt_ids` (exact token
@@ -62,6 +77,13 @@ class Request:
     deadline_ms: float | None = None  # counted from the call of generate()
     ignore_eos: bool = False  # benchmarks need an exact number of tokens
     hops: int = 0  # nodes that it came through; tiers that ask each other in a circle are found by it
+
+    @property
+    def prompt_field(self) -> Literal["messages", "prompt", "prompt_ids"]:
+        """In which of the three the prompt stands."""
+        if self.prompt_ids is not None:
+            return "prompt_ids"
+        return "messages" if self.prompt is None else "prompt"
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,8 @@ def test_a_prompt_longer_than_the_context_is_wrong_use(in_stock: Cli) -> None:
     [
         (("--max-tokens", "0"), "max_tokens"),
         (("--temperature", "-1"), "temperature"),
+        (("--temperature", "3"), "temperature"),
+        (("--repetition-penalty", "0"), "repetition_penalty"),
         (("--deadline-ms", "-5"), "deadline_ms"),
     ],
 )

@@ -24,7 +24,7 @@ def test_a_report_a_measurement_and_a_drawing(cli: Cli, model: Path, tmp_path: P
     report = json.loads(done.out)
     (cell,) = report["cells"]
     assert (cell["prompt_tokens"], cell["streams"]) == (12, 1)
-    assert list(cell["engines"]) == [*(contestant.name for contestant in base.OURS), "llamacpp"]
+    assert list(cell["engines"]) == [c.name for c in (*base.OURS, *base.PEERS["llamacpp"])]
     for name, row in cell["engines"].items():
         assert {key: len(row[key]) for key in UNITS} == dict.fromkeys(UNITS, 1), name
         assert all(row[key][0] > 0 for key in UNITS)

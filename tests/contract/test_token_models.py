@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
+from edgewise.engines import native_lm
 from edgewise.engines.base import Row, TokenModel
 from edgewise.engines.fake import FakeTokenModel
+from edgewise.engines.native_lm import NativeLM
 from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.errors import ContextFull, EngineClosed, GapError, Overloaded
 
@@ -16,12 +18,16 @@ CONTEXT, SLOTS = 64, 2
 IDS = np.random.default_rng(3).integers(0, 250, 40)
 
 
-@pytest.fixture(params=["fake", "remote-fake", "onnx"])
+@pytest.fixture(params=["fake", "remote-fake", "onnx", "native"])
 async def model(request: pytest.FixtureRequest) -> AsyncIterator[TokenModel]:
     """With session "s" open."""
     made: TokenModel
     if request.param == "onnx":  # `stable`: this suite asks for equal bits
         made = OnnxLM(request.getfixturevalue("bundle"), mode="stable", slots=SLOTS, context=CONTEXT)
+    elif request.param == "native":
+        if native_lm.probe() is None:
+            pytest.skip("the native kernels are not built for this machine")
+        made = NativeLM(request.getfixturevalue("bundle"), slots=SLOTS, context=CONTEXT)
     else:
         made = FakeTokenModel(context=CONTEXT, slots=SLOTS, delay_s=0.0 if request.param == "remote-fake" else None)
     await made.open("s", CONTEXT)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edgewise.engines.base import Row
-from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.engines.load import Chosen, local_model
 from edgewise.evaluate.divergence import Comparison, Divergence
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
@@ -32,23 +32,33 @@ def reference(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> t
         return ids, from_gguf(smollm2_gguf)(torch.from_numpy(ids)[None]).logits[0].numpy(), home
 
 
-@pytest.mark.parametrize(("activations", "bound"), [("fp32", 1e-5), ("int8", 0.01)])
+@pytest.mark.parametrize(
+    ("activations", "runtime", "bound"),
+    [("fp32", "onnxruntime", 1e-5), ("int8", "onnxruntime", 0.01), ("int8", "native", 0.01)],
+)
 async def test_exact_weights(
-    smollm2_gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path], activations: str, bound: float
+    smollm2_gguf: Path,
+    reference: tuple[np.ndarray, np.ndarray, Path],
+    activations: str,
+    runtime: Chosen,
+    bound: float,
 ) -> None:
-    assert (await compare(smollm2_gguf, reference, activations=activations)).kl_mean <= bound
+    assert (await compare(smollm2_gguf, reference, runtime, activations=activations)).kl_mean <= bound
 
 
 async def test_int4_is_visibly_worse(smollm2_gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path]) -> None:
     """Why requantizing is never silent."""
-    result = await compare(smollm2_gguf, reference, requantize="int4")
+    result = await compare(smollm2_gguf, reference, "onnxruntime", requantize="int4")
     assert 0.05 < result.kl_mean < 1.0
     assert 0.5 < result.top1_agreement < 0.95
 
 
-async def compare(gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path], **recipe: str) -> Comparison:
+async def compare(
+    gguf: Path, reference: tuple[np.ndarray, np.ndarray, Path], runtime: Chosen, **recipe: str
+) -> Comparison:
     ids, expected, home = reference
-    lm = OnnxLM(pull(str(gguf), home=home, name="judged", **recipe), slots=1, context=TOKENS)
+    bundle = pull(str(gguf), home=home, name="judged", **recipe)
+    lm = local_model(bundle, runtime=runtime, slots=1, context=TOKENS)
     await lm.open("s", TOKENS)
     divergence = Divergence()
     for start in range(0, TOKENS, 200):

@@ -46,6 +46,20 @@ async def test_a_real_model_answers_a_question(llama: LlamaCpp) -> None:
     assert "4" in "".join(chunk.text for chunk in chunks)
 
 
+async def test_a_base_model_takes_texts_but_no_messages(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """llama.cpp itself would fall back on a template that the model was never taught."""
+    base = tmp_path / "base.gguf"
+    base.write_bytes(smollm2_gguf.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.lost_template", 1))
+    llama = LlamaCpp(base, context=256, threads=1)
+    try:
+        with pytest.raises(RequestError, match="base has no chat template") as caught:
+            await read(llama, Request((Message("user", "Hello"),), max_tokens=1))
+        assert caught.value.param == "messages"
+        assert len(await read(llama, Request(prompt="Hello", max_tokens=2, ignore_eos=True))) >= 2
+    finally:
+        await llama.close()
+
+
 async def test_an_answer_ends_where_the_context_ends(llama: LlamaCpp) -> None:
     chunks = await read(llama, ask(*[40] * 505, max_tokens=1000))
     assert chunks[-1].finish_reason == "length"

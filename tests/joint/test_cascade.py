@@ -68,6 +68,16 @@ def test_a_confident_stream_flows_after_the_early_decision():
     assert seen.total_s == pytest.approx(0.41)
 
 
+def test_nothing_is_held_back_where_no_cloud_can_be_asked():
+    breaker = Breaker(clock=lambda: 0.0)
+    breaker.fail(breaker.acquire(), Unreachable("it is gone"))
+    for far, reason in ((None, "no_cloud"), (cloud(), "breaker_open")):
+        seen = run(see(Cascade(edge(), far, None, breaker), ask(stream=True)))
+        assert (seen.text, seen.way) == (EDGE_TEXT, ("edge_fallback", reason))
+        assert seen.first_s == pytest.approx(0.01)
+        assert seen.decision.confidence == pytest.approx(math.exp(UNSURE))
+
+
 def test_slow_tokens_are_held_no_longer_than_the_wait_after_the_first():
     seen, _ = once(edge(SURE, delay_s=0.4, start_delay_s=2.0), cloud(), stream=True)
     assert seen.first_s == pytest.approx(2.4 + 1.5)
@@ -269,8 +279,8 @@ def test_a_request_that_cannot_be_is_refused_before_any_tier_runs(wishes):
     ],
 )
 def test_of_two_errors_the_more_useful_is_shown(stream, route, near, far, shown):
+    breaks_at = 0 if route == "cloud" or far is None else 2  # there the edge is handed on from its first token
     far = None if far is None else cloud(error=far)
-    breaks_at = 0 if route == "cloud" else 2  # there the edge is handed on from its first token
     seen, cascade = once(edge(error=near, breaks_at=breaks_at), far, route=route, stream=stream)
     assert seen.chunks == []
     assert shown in str(seen.error)
@@ -561,6 +571,7 @@ def test_a_bias_is_for_the_edge_alone():
     wish = Sampling(logit_bias=((5, 1.0),))
     refused, _ = once(near, far, sampling=wish)
     assert isinstance(refused.error, RequestError)
+    assert "ask the edge alone" in str(refused.error)
     seen, _ = once(near, far, sampling=wish, route="edge")
     assert seen.text == EDGE_TEXT
     assert (len(near.requests), len(far.requests)) == (1, 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgewise.engines.base import Row
-from edgewise.engines.onnx_lm import OnnxLM
+from edgewise.engines.load import Chosen, local_model
 from edgewise.evaluate.divergence import Divergence
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
@@ -45,9 +45,9 @@ def reference(gemma_gguf: Path, ids: np.ndarray) -> np.ndarray:
         return from_gguf(gemma_gguf)(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
-async def logits(bundle: Bundle, ids: np.ndarray, size: int) -> np.ndarray:
+async def logits(bundle: Bundle, ids: np.ndarray, size: int, runtime: Chosen = "onnxruntime") -> np.ndarray:
     """All logits of ids in rows of that size."""
-    lm = OnnxLM(bundle, mode="stable", slots=1, context=len(ids))
+    lm = local_model(bundle, runtime=runtime, mode="stable", slots=1, context=len(ids))
     await lm.open("s", len(ids))
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
     rows = [Row("s", n * size, part, len(part)) for n, part in enumerate(parts)]
@@ -56,22 +56,26 @@ async def logits(bundle: Bundle, ids: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize(("activations", "bound"), [("fp32", 1e-6), ("int8", 0.01)])
+ON = [("fp32", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "native")]
+
+
+@pytest.mark.parametrize(("activations", "runtime"), ON)
 async def test_its_distribution_is_that_of_transformers(
-    bundles: dict[str, Bundle], ids: np.ndarray, reference: np.ndarray, activations: str, bound: float
+    bundles: dict[str, Bundle], ids: np.ndarray, reference: np.ndarray, activations: str, runtime: Chosen
 ) -> None:
+    bound = {"fp32": 1e-6, "int8": 0.01}[activations]
     divergence = Divergence()
-    divergence.add(reference, await logits(bundles[activations], ids, 200))
+    divergence.add(reference, await logits(bundles[activations], ids, 200, runtime))
     assert divergence.result().kl_mean <= bound
 
 
-@pytest.mark.parametrize("activations", ["fp32", "int8"])
+@pytest.mark.parametrize(("activations", "runtime"), ON)
 async def test_rows_have_the_same_bits_however_they_come(
-    bundles: dict[str, Bundle], ids: np.ndarray, activations: str
+    bundles: dict[str, Bundle], ids: np.ndarray, activations: str, runtime: Chosen
 ) -> None:
-    at_once = await logits(bundles[activations], ids[:300], 300)
+    at_once = await logits(bundles[activations], ids[:300], 300, runtime)
     for size in (1, 65, 129):
-        assert np.array_equal(await logits(bundles[activations], ids[:300], size), at_once), size
+        assert np.array_equal(await logits(bundles[activations], ids[:300], size, runtime), at_once), size
 
 
 def test_it_is_as_far_from_llama_cpp_as_that_is_from_transformers(

@@ -6,7 +6,6 @@ import json
 import socket
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,19 +66,21 @@ def test_others_get_their_answer_in_as_many_steps_as_without_them(serve: Serve) 
     own = {"max_tokens": 40, "ignore_eos": True, "messages": [{"role": "user", "content": "the one that reads"}]}
 
     def steps(beside: int) -> tuple[str, int]:
-        rows: Counter[str] = Counter()  # computed for each session
+        """The text of the one that reads, and how many forwards there were from its first row to its last."""
+        forwards: list[set[str]] = []  # the sessions of each
         model = FakeTokenModel(
-            context=2048, slots=3, before_forward=lambda now: rows.update(row.session for row in now)
+            context=2048, slots=3, before_forward=lambda now: forwards.append({row.session for row in now})
         )
         served = serve(Decoder(model, FakeTokenizer()), limits=Limits(send_s=0.5))
         slow = [connect(served, stream=True, logprobs=True, top_logprobs=20, **FOR_EVER) for _ in range(beside)]
-        eventually(lambda: len(model.lengths) == beside)
-        others = set(rows)
+        eventually(lambda: len(model.lengths) == beside == len(set().union(*forwards)))
+        others = set().union(*forwards)
         text = text_of(served, **own)
         for client in slow:
             client.close()
-        (mine,) = set(rows) - others
-        return text, rows[mine]
+        (mine,) = set().union(*forwards) - others
+        with_mine = [number for number, sessions in enumerate(forwards) if mine in sessions]
+        return text, with_mine[-1] - with_mine[0]
 
     assert steps(2) == steps(0)
 

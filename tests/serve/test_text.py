@@ -88,7 +88,7 @@ def test_a_text_goes_to_the_engine_as_it_is_and_ids_too(serve: Serve) -> None:
     assert text.choices[0].text == ids.choices[0].text
     assert text.usage is not None
     assert text.usage.prompt_tokens == 2
-    assert caught.value.param == "prompt_ids"
+    assert caught.value.param == "prompt"
 
 
 def test_a_text_goes_through_a_cascade_to_another_node(serve: Serve) -> None:

@@ -13,17 +13,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, completion_cr
 from edgewise.errors import RemoteBroken, RequestError, UnsupportedField
 from edgewise.types import Candidate, Chunk, Decision, Message, Request, Sampling, Timings, Token, Usage
 from edgewise.wire import sse
-from edgewise.wire.answers import (
-    LEAST_LOGPROB,
-    Answer,
-    ChatEncoder,
-    ChunkBody,
-    Stamp,
-    decode_chunk,
-    decode_error,
-    decode_models,
-    encode_chat_completion,
-)
+from edgewise.wire.answers import LEAST_LOGPROB, ChunkBody, decode_chunk, decode_error, decode_models
+from edgewise.wire.encoders import Answer, ChatEncoder, Stamp, encode_chat_completion
 from edgewise.wire.openai import (
     CHAT_TREATMENT,
     HONOURED,
@@ -166,7 +157,7 @@ def test_null_counts_as_absent(name: str) -> None:
         ({"messages": [{"role": "user", "content": "x", "name": "N"}]}, "messages[0].name", "not supported"),
         ({"top_k": -2}, "top_k", ">= -1"),
         ({"top_k": 1.5}, "top_k", "integer"),
-        ({"min_p": 1.01}, "min_p", "<= 1"),
+        ({"min_p": 1.01}, "min_p", "<= 1.0; it is 1.01"),
         ({"presence_penalty": 2.1}, "presence_penalty", "<= 2"),
         ({"frequency_penalty": -2.1}, "frequency_penalty", ">= -2"),
         ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
@@ -176,7 +167,9 @@ def test_null_counts_as_absent(name: str) -> None:
         ({"logit_bias": {"hello": 1}}, "logit_bias", "integer"),
         ({"logit_bias": {"05": 1}}, "logit_bias", "integer"),
         ({"n": 0}, "n", ">= 1"),
-        ({"n": 129}, "n", "<= 128"),
+        ({"n": 129}, "n", "<= 128; it is 129"),
+        ({"temperature": "hot"}, "temperature", 'it is "hot"'),
+        ({"temperature": "hot" * 50}, "temperature", "expected `number | null`, got `string`"),
         ({"k_top": 40}, "k_top", "not a field"),
         ({"x" * 5000: 1}, None, "not a field"),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -27,13 +27,12 @@ from edgewise.bench.turns import Taken, TurnFailed, in_fresh_process, take_turns
 from edgewise.errors import EngineError, UsageError
 from edgewise.evaluate.divergence import Divergence, agreement_length, log_softmax
 from edgewise.models.bundle import Bundle
-from edgewise.models.download import fetch
+from edgewise.models.download import Progress, fetch
 from edgewise.models.source import Activations, pull
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.settings import DEFAULT_MODEL
 from edgewise.types import FloatArray
 
-Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]  # of a contestant in a cell
 
 KL_MARGIN: Final = 0.01  # nats; a peer that strays farther than ours by more does another task, and gets no ratio
@@ -41,7 +40,7 @@ PROSE = Path(__file__).with_name("prose.txt")
 JUDGED = 256  # positions whose distributions are compared
 GREEDY = 64  # tokens of the prompt, and of the answer, that show whether engines agree
 SHORT = 8  # tokens of the prompt that a cold start answers
-PREPARE_TIMEOUT_S = 3600.0
+PREPARE_TIMEOUT_S = 3600.0  # converters take as long as the model is large
 MOST_TOKENS = 1 << 24
 MOST_THREADS = 4  # times the cores: more only wait for each other
 DAY_S = 86400.0
@@ -222,7 +221,7 @@ class Desk:
             "new": min(GREEDY, count // 2),
             "logits": str(file),
         }
-        return in_fresh_process(job, timeout_s=PREPARE_TIMEOUT_S, environment=LOCAL)
+        return in_fresh_process(job, timeout_s=self._plan.timeout_s, environment=LOCAL)
 
     def _measure(self, standing: Standing, prompt: int, streams: int) -> dict[str, Any]:
         job = {

@@ -6,7 +6,6 @@ onnxruntime's MatMul (float32) and MatMulInteger (uint8 by int8) of square-ish m
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +49,9 @@ def read_bytes_per_s(threads: int, total: int = READ_BYTES) -> float:
 
 def mac_per_s(threads: int, left: type, right: type, operator: str) -> float:
     """Multiply-adds of the operator on [ROWS, SIDE] by a constant [SIDE, SIDE]."""
-    ort, onnx = importlib.import_module("onnxruntime"), importlib.import_module("onnx")
+    import onnx
+    import onnxruntime as ort
+
     random = np.random.default_rng(0)
     a: np.ndarray[Any, Any] = random.integers(0, 100, (ROWS, SIDE)).astype(left)
     b = onnx.numpy_helper.from_array(random.integers(0, 100, (SIDE, SIDE)).astype(right), "b")
@@ -80,7 +81,8 @@ def read_bytes_per_token(bundle: Bundle) -> dict[str, int]:
 
 
 def _stored_weights(bundle: Bundle) -> int:
-    onnx = importlib.import_module("onnx")
+    import onnx
+
     stored: dict[tuple[str, int], int] = {}
     for file in bundle.manifest.graphs.layers_and_head:
         for weight in onnx.load_model(bundle.file(file), load_external_data=False).graph.initializer:

@@ -19,10 +19,10 @@ from edgewise.bench.trace import check_place, library, write
 from edgewise.bench.watch import Log, WatchedModel, WatchedTokenizer, number
 from edgewise.engines.base import Tokenizer, TokenModel
 from edgewise.engines.decode import Decoder
-from edgewise.engines.load import Mode, Runtime, chosen_runtime, kv_bytes_per_token, local_model
+from edgewise.engines.load import chosen_runtime, kv_bytes_per_token, local_model
 from edgewise.models.bundle import Bundle
 from edgewise.models.tokenizer import Tokenizer as BundleTokenizer
-from edgewise.settings import ModelSettings
+from edgewise.settings import Mode, ModelSettings, Runtime
 from edgewise.types import Chunk, Message, Request
 
 DEFAULTS = ModelSettings()

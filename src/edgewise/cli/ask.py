@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Edge, Json, Mode, Policy, Runtime, Threshold
+from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Edge, Json, Mode, Policy, Runtime, Threshold, flags
 from edgewise.cli.output import note, result
 from edgewise.errors import UsageError
 from edgewise.settings import load
@@ -43,6 +43,11 @@ def ask(
     min_p: Annotated[
         float, typer.Option(metavar="P", help="drop what is less likely than this share of the best")
     ] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(metavar="P", help="off the logits of tokens that came")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(metavar="P", help="the same, for each time that they came")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="R", help="divides the logits of tokens that came, the prompt's too; 1: off")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="the same seed draws the same answer")] = None,
     deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="answer within this time")] = None,
     config: Config = None,
@@ -51,15 +56,15 @@ def ask(
 ) -> None:
     """Ask one question; the text streams to stdout, with --json the whole answer comes at once."""
     settings = load(
-        {
-            "--edge": edge,
-            "--cloud": cloud,
-            "--cloud-key-env": cloud_key_env,
-            "--threshold": threshold,
-            "--policy": policy,
-            "--runtime": runtime,
-            "--mode": mode,
-        },
+        flags(
+            edge=edge,
+            cloud=cloud,
+            cloud_key_env=cloud_key_env,
+            threshold=threshold,
+            policy=policy,
+            runtime=runtime,
+            mode=mode,
+        ),
         config=config,
     ).settings
 
@@ -74,7 +79,16 @@ def ask(
     messages = [Message("system", system)] if system else []
     request = Request(
         messages=(*messages, Message("user", prompt_text(prompt))),
-        sampling=Sampling(temperature, top_p, seed, top_k, min_p),
+        sampling=Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            top_k=top_k,
+            min_p=min_p,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            repetition_penalty=repetition_penalty,
+        ),
         max_tokens=max_tokens,
         stream=not json,
         route=route,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgewise.cli.options import Config, Debug, Host, KeyEnv, Mode, Model, Port, Runtime
+from edgewise.cli.options import Config, Debug, Host, KeyEnv, Mode, Model, Port, Runtime, flags
 from edgewise.settings import load
 
 
@@ -19,7 +19,7 @@ def cloud(
     """Serve the OpenAI API with one model: the tier behind an edge node. The first line of stdout is {"url": ...},
     once it is ready."""
     settings = load(
-        {"--model": model, "--runtime": runtime, "--mode": mode, "--host": host, "--port": port, "--key-env": key_env},
+        flags(model=model, runtime=runtime, mode=mode, host=host, port=port, key_env=key_env),
         config=config,
     ).settings
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Json
+from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Json, flags
 from edgewise.cli.output import columns, note, result
 from edgewise.errors import EdgewiseError, RemoteError, UsageError
 from edgewise.settings import load, secret
@@ -53,7 +53,7 @@ def doctor(
     if install is not None:
         _install(install, as_json=json)
         return
-    settings = load({"--cloud": cloud, "--cloud-key-env": cloud_key_env}, config=config).settings
+    settings = load(flags(cloud=cloud, cloud_key_env=cloud_key_env), config=config).settings
     checks = list(_checks(settings))
     ok = all(check.status != "failed" for check in checks)
     rows = [(c.status, c.name, f"{c.detail} ({c.hint})" if c.hint else c.detail) for c in checks]

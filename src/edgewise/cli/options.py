@@ -30,6 +30,11 @@ def _setting(flag: str, metavar: str) -> Any:
     return typer.Option(flag, metavar=metavar, help=leaf.about + default, show_default=False)
 
 
+def flags(**given: object) -> dict[str, Any]:
+    """Values by flag, as `settings.load` takes them: `cloud_key_env` is --cloud-key-env."""
+    return {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+
+
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="show a traceback if Edgewise itself fails")]
 Config = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgewise.cli.options import Config, Debug, Json, Mode, Model, Runtime
+from edgewise.cli.options import Config, Debug, Json, Mode, Model, Runtime, flags
 from edgewise.cli.output import columns, note, result
 from edgewise.settings import load
 
@@ -38,7 +38,7 @@ def profile(
     """Answer a prompt and show where the time goes: phases, graphs, operators, KV memory, queue waits."""
     from edgewise.cli.ask import prompt_text
 
-    settings = load({"--model": model, "--runtime": runtime, "--mode": mode}, config=config).settings
+    settings = load(flags(model=model, runtime=runtime, mode=mode), config=config).settings
     text = prompt_text(prompt)
 
     from edgewise.bench import profile as bench

@@ -15,6 +15,7 @@ from edgewise.cli.options import (
     Port,
     Runtime,
     Threshold,
+    flags,
 )
 from edgewise.settings import load
 
@@ -36,18 +37,18 @@ def serve(
     """Serve the OpenAI API from this machine: the edge answers, the cloud helps. The first line of stdout is
     {"url": ...}, once the node is ready."""
     settings = load(
-        {
-            "--edge": edge,
-            "--cloud": cloud,
-            "--cloud-key-env": cloud_key_env,
-            "--threshold": threshold,
-            "--policy": policy,
-            "--runtime": runtime,
-            "--mode": mode,
-            "--host": host,
-            "--port": port,
-            "--key-env": key_env,
-        },
+        flags(
+            edge=edge,
+            cloud=cloud,
+            cloud_key_env=cloud_key_env,
+            threshold=threshold,
+            policy=policy,
+            runtime=runtime,
+            mode=mode,
+            host=host,
+            port=port,
+            key_env=key_env,
+        ),
         config=config,
     ).settings
 

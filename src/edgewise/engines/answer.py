@@ -13,27 +13,23 @@ from typing import Final, Generic, TypeVar
 
 from edgewise.engines.base import Capabilities
 from edgewise.errors import DeadlineExceeded, RequestError
-from edgewise.types import Chunk, Request, Sampling, Timings
+from edgewise.types import RANGES, Chunk, Request, Sampling, Timings
 
 T = TypeVar("T")
 
 LEAST_SPAN_S: Final = 1e-3  # tokens that come closer together tell how fast buffers are, not how fast the model is
 _NEUTRAL = Sampling()
+_EVERYWHERE: Final = frozenset({"temperature", "seed"})  # besides top_p; whether there is a seed is asked apart
 
 
-RANGES: Final[dict[str, tuple[float, float]]] = {  # of Sampling's numbers; NaN is in none of them
-    "top_k": (0, 2**31 - 1),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),
-}
-BIAS_RANGE: Final = (-100.0, 100.0)
-
-
-def check_request(request: Request, can: Capabilities) -> None:
-    """RequestError, naming the field, for what no engine or not this engine can honour."""
-    _check_prompt(request, can)
+def check_request(request: Request, can: Capabilities, *, elsewhere: str | None = None) -> None:
+    """RequestError, naming the field, for what no engine or not this engine can honour. `elsewhere` is the hint where
+    another engine at hand may take token ids."""
+    try:
+        _check_tokens(request, can)
+    except RequestError as e:
+        raise RequestError(e.message, param=e.param, hint=elsewhere) from None
+    _check_prompt(request)
     _check_sampling(request.sampling, can)
     if request.max_tokens < 1:
         raise _refused("max_tokens", request.max_tokens, "1 or more")
@@ -47,46 +43,52 @@ def check_request(request: Request, can: Capabilities) -> None:
         raise _refused("deadline_ms", request.deadline_ms, "above 0")
 
 
-def _check_prompt(request: Request, can: Capabilities) -> None:
+def _check_tokens(request: Request, can: Capabilities) -> None:
+    """A token id means one model's token."""
+    if request.prompt_ids is not None and not can.prompt_ids:
+        raise _refused("prompt_ids", f"{len(request.prompt_ids)} ids", "text alone here: an id means one model's token")
+    if (count := len(request.sampling.logit_bias)) and "logit_bias" not in can.sampling:
+        raise _refused("logit_bias", f"given for {count} ids", "none here: an id means one model's token")
+
+
+def _check_prompt(request: Request) -> None:
     if bool(request.messages) + (request.prompt is not None) + (request.prompt_ids is not None) != 1:
         raise _refused("messages", "several or none", "exactly one of messages, prompt and prompt_ids")
     if request.prompt == "":
         raise _refused("prompt", "empty", "a text of one character or more")
-    if request.prompt_ids is not None and not can.prompt_ids:
-        raise _refused("prompt_ids", f"{len(request.prompt_ids)} ids", "text only with this engine")
     if request.prompt_ids == ():
         raise _refused("prompt_ids", "no ids", "one id or more")
 
 
 def _check_sampling(sampling: Sampling, can: Capabilities) -> None:
-    if not 0.0 <= sampling.temperature < math.inf:
-        raise _refused("temperature", sampling.temperature, "a finite number >= 0")
     if not 0.0 < sampling.top_p <= 1.0:
         raise _refused("top_p", sampling.top_p, "above 0 and at most 1")
-    if sampling.seed is not None and not (can.seed and 0 <= sampling.seed < 2**63):
-        raise _refused("seed", sampling.seed, "0 to 2**63 - 1" if can.seed else "no seed with this engine")
-    for name, (low, high) in RANGES.items():
+    if sampling.seed is not None and not can.seed:
+        raise _refused("seed", sampling.seed, "no seed with this engine")
+    for name in RANGES.keys() - {"logit_bias"}:
         value, neutral = getattr(sampling, name), getattr(_NEUTRAL, name)
-        if not low <= value <= high:
-            raise _refused(name, value, f"{low:.10g} to {high:.10g}")
-        if value != neutral and name not in can.sampling:
+        if value is not None:
+            _check_range(name, value)
+        if value != neutral and name not in can.sampling | _EVERYWHERE:
             raise _refused(name, value, f"{neutral:g} alone here")
     if sampling.logit_bias:
         _check_bias(sampling.logit_bias, can)
 
 
 def _check_bias(pairs: Sequence[tuple[int, float]], can: Capabilities) -> None:
-    if "logit_bias" not in can.sampling:
-        raise _refused("logit_bias", f"given for {len(pairs)} ids", "none here: a token id means one model's token")
     vocab = 2**31 if can.vocab is None else can.vocab
-    low, high = BIAS_RANGE
     for token, bias in pairs:
         if not 0 <= token < vocab:
             raise _refused("logit_bias", f"given for the token id {token}", f"0 to {vocab - 1}")
-        if not low <= bias <= high:
-            raise _refused("logit_bias", f"{bias} for the token id {token}", f"{low:g} to {high:g}")
+        _check_range("logit_bias", bias, f" for the token id {token}")
     if len({token for token, _ in pairs}) < len(pairs):
         raise _refused("logit_bias", "given twice for one token id", "once for each id")
+
+
+def _check_range(name: str, value: float, of: str = "") -> None:
+    low, high = RANGES[name]
+    if not low <= value <= high:
+        raise _refused(name, f"{value}{of}", f"{low:.10g} to {high:.10g}" if name != "seed" else f"{low} to {high}")
 
 
 def _refused(param: str, seen: object, allowed: str) -> RequestError:

@@ -91,22 +91,21 @@ class Decoder:
             job.inbox.leave()
 
     def _prompt(self, request: Request) -> IdArray:
-        param, ids = self._ids(request)
+        param, ids = request.prompt_field, self._ids(request)
         if len(ids) + 1 > self._context:
-            raise ContextFull(len(ids) + 1, self._context)
+            raise ContextFull(len(ids) + 1, self._context, param=param)
         wrong = next((i for i in ids if not 0 <= i < self._vocab), None)
         if wrong is not None or not ids:
             seen = "an empty prompt" if wrong is None else f"the token id {wrong}"
             raise RequestError(f"{param} gives {seen}, allowed are ids from 0 to {self._vocab - 1}", param=param)
         return np.array(ids, np.int64)
 
-    def _ids(self, request: Request) -> tuple[str, Sequence[int]]:
-        """Where the prompt stands in the request, and its ids."""
+    def _ids(self, request: Request) -> Sequence[int]:
         if request.prompt_ids is not None:
-            return "prompt_ids", request.prompt_ids
+            return request.prompt_ids
         if request.prompt is not None:
-            return "prompt", self._tokenizer.encode(request.prompt)
-        return "messages", self._tokenizer.chat(request.messages)
+            return self._tokenizer.encode(request.prompt)
+        return self._tokenizer.chat(request.messages)
 
 
 class _Job:

@@ -114,7 +114,7 @@ class FakeGenerator:
         check_request(request, self.can)
         ids = _prompt(request)
         if self.can.context is not None and len(ids) + 1 > self.can.context:
-            raise ContextFull(len(ids) + 1, self.can.context)
+            raise ContextFull(len(ids) + 1, self.can.context, param=request.prompt_field)
         return len(ids)
 
     def _script(self, request: Request) -> Script:

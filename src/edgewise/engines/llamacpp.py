@@ -34,6 +34,8 @@ from edgewise.types import Candidate, Chunk, FinishReason, Request, Token, Usage
 
 Event = Mapping[str, Any]  # one piece of an answer, as llama.cpp's server would send it
 
+TEMPLATE = "tokenizer.chat_template"  # the field of a GGUF file
+
 _DEFAULT_CONTEXT = 8192  # llama.cpp allocates the whole KV at once; models trained for 128k would take gigabytes
 _CONTEXT_STEP = 256  # llama.cpp rounds up to it
 _SEEDS = 2**32 - 1  # llama.cpp's seeds; the one above means "random"
@@ -53,6 +55,7 @@ class LlamaCpp:
     def __init__(self, path: Path, *, context: int | None = None, slots: int = 1, threads: int | None = None) -> None:
         fields = GGUF.open(path).fields
         per_slot = _context(fields, context)
+        self._chats = TEMPLATE in fields
         self.name = path.stem
         self.can = Capabilities(
             logprobs=True,
@@ -79,6 +82,12 @@ class LlamaCpp:
 
     async def _answer(self, request: Request, watch: Stopwatch) -> AsyncIterator[Chunk]:
         check_request(request, self.can)
+        if request.messages and not self._chats:  # llama.cpp would take ChatML, whatever the model was taught
+            raise RequestError(
+                f"{self.name} has no chat template, so it cannot take messages",
+                param="messages",
+                hint="send a prompt, or use an instruction-tuned model",
+            )
         self._check_room()
         inbox: Inbox[Event | None] = Inbox(watch)
         work = self._start(request, inbox)
@@ -164,10 +173,10 @@ class _Reply:
 
     def _refusal(self, error: Event) -> EdgewiseError:
         if error["type"] == "exceed_context_size_error":
-            return ContextFull(error["n_prompt_tokens"] + 1, error["n_ctx"])
+            return ContextFull(error["n_prompt_tokens"] + 1, error["n_ctx"], param=self._request.prompt_field)
         if error["type"] == "invalid_request_error":
-            param = next(name for name in ("messages", "prompt", "prompt_ids") if getattr(self._request, name))
-            return RequestError(f"llama.cpp refused the request: {error['message']}", param=param)
+            message = f"llama.cpp refused the request: {error['message']}"
+            return RequestError(message, param=self._request.prompt_field)
         return EngineError(f"llama.cpp failed: {error['message']}")
 
 

@@ -13,10 +13,8 @@ from edgewise.errors import SourceError, UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.models.store import find
 from edgewise.models.tokenizer import Tokenizer
-from edgewise.settings import ModelSettings
+from edgewise.settings import Mode, ModelSettings, Runtime
 
-Mode = Literal["fast", "stable"]
-Runtime = Literal["auto", "native", "onnxruntime"]
 Chosen = Literal["native", "onnxruntime"]
 DEFAULTS = ModelSettings()
 

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -27,10 +27,9 @@ import onnxruntime as ort
 from edgewise.engines.local import CHUNK, LocalModel, Part, fixed_threads, untouched
 from edgewise.errors import BundleError, EngineError
 from edgewise.models.bundle import BlockEntry, Bundle
-from edgewise.settings import ModelSettings
+from edgewise.settings import Mode, ModelSettings
 from edgewise.types import FloatArray
 
-Mode = Literal["fast", "stable"]
 DEFAULTS = ModelSettings()
 ROW_TILE = 16  # kernels work on tiles of so many rows, or of a multiple
 WIDE_HEAD = 128

@@ -378,14 +378,14 @@ def _context_full(error: ErrorBody) -> ContextFull | None:
     """Whether the prompt was too long, as OpenAI, vLLM and llama-server say it. The need is the largest number in the
     text; the limit is the one that is called so, else the largest below the need. None where there are no two."""
     if isinstance(error.n_prompt_tokens, int) and isinstance(error.n_ctx, int):
-        return ContextFull(error.n_prompt_tokens, error.n_ctx)
+        return ContextFull(error.n_prompt_tokens, error.n_ctx, param=error.param)
     text = error.message or ""
     if error.code != "context_length_exceeded" and not _CONTEXT_WORDS.search(text):
         return None
     *below, needed = sorted({int(number) for number in re.findall(r"\b\d{1,9}\b", text)}) or [0]
     named = _CONTEXT_LIMIT.search(text)
     limit = int(named[1]) if named else max(below, default=needed)
-    return ContextFull(needed, limit) if limit < needed else None
+    return ContextFull(needed, limit, param=error.param) if limit < needed else None
 
 
 def _status_of(error: ErrorBody) -> int:

@@ -33,6 +33,8 @@ from edgewise.types import Chunk, Decision, Request, Timings, Wish
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 Tier = TypeVar("Tier", Generator, Predictor)
 
+EDGE_ALONE = "either tier may answer: ask the edge alone (route or model `edge`)"
+
 
 class _Tiers(Generic[Tier]):
     """What both cascades are made of: an edge, perhaps a cloud, and the core that decides between them."""
@@ -83,7 +85,7 @@ class Cascade(_Tiers[Generator]):
         return self._answer(request, asyncio.get_running_loop().time())
 
     async def _answer(self, request: Request, arrived: float) -> AsyncGenerator[Chunk]:
-        check_request(request, self._edge.can if request.route == "edge" else self.can)
+        check_request(request, self._edge.can if request.route == "edge" else self.can, elsewhere=EDGE_ALONE)
         sent, decision, first_s = 0, None, 0.0
         clock = asyncio.get_running_loop().time
         async with aclosing(self._core.run(self._case(request, arrived))) as pairs:

@@ -296,16 +296,20 @@ class Course(Generic[T]):
         case, limits, feed = self._case, self._policy.edge, self._open_edge()
         latest = self._started + limits.deadline_share * (self._end - self._started)
         await feed.until(lambda: bool(feed.items), min(latest, self._started + limits.first_token_ms / 1000))
-        if case.stream and feed.items:
+        if case.stream and feed.items and self._may_ask():
             hold_until = feed.moved_at + self._policy.early.max_wait_ms / 1000
             await feed.until(lambda: case.enough(feed.items), min(latest, hold_until))
-        elif feed.items:
+        elif feed.items and not case.stream:
             await feed.until(lambda: False, latest)
         if feed.error is not None:
             return self._failed(feed.error)
         if not feed.done and not (case.stream and feed.items):
             return Verdict(None, Reason.EDGE_SLOW)
         return case.judge(feed.items, feed.done)
+
+    def _may_ask(self) -> bool:
+        """Whether the cloud could be called now; where it cannot, there is nothing to hold tokens back for."""
+        return self._case.cloud is not None and self._core.breaker.retry_in_s == 0
 
     async def _escalate(self, verdict: Verdict) -> Decision:
         failure = await self._ask_cloud()

@@ -18,7 +18,7 @@ from edgewise.models.bundle import sha256
 from edgewise.models.licence import NOTICES, declared
 from edgewise.models.store import locked
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # what, done, total
 
 PIP_TIMEOUT_S = 900
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?")

@@ -17,6 +17,7 @@ from edgewise.models.blocks import Layer
 from edgewise.models.card import Activation, Card, QKNorm, Rope, alternating
 from edgewise.models.ggml_types import KNOWN, unpack
 from edgewise.models.gguf import GGUF
+from edgewise.models.model_source import ModelSource
 from edgewise.models.tokenizer_writer import write_from_gguf
 from edgewise.models.weights import Dense, Matrix, split
 from edgewise.types import FloatArray, IdArray
@@ -71,16 +72,15 @@ ROPE_SCALING = {  # field of `{architecture}.rope.scaling` to key of config.json
 IGNORED_TENSORS = {"rope_freqs.weight"}  # read into the card
 
 
-class GGUFSource:
+class GGUFSource(ModelSource):
     """Card, weights and tokenizer of a GGUF file. SourceError for damage, UnsupportedModel for what we cannot carry."""
 
     kind = "gguf"
+    otherwise = LLAMACPP
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._file = GGUF.open(path)
-        self._used = set(IGNORED_TENSORS)
-        self._rehearsing = False
         name = self._field("general.architecture", str)
         if name not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
@@ -158,21 +158,8 @@ class GGUFSource:
             return None
         return self._vector(f"{at}.attn_q_norm.weight", sizes[0]), self._vector(f"{at}.attn_k_norm.weight", sizes[1])
 
-    def check(self) -> None:
-        """Every tensor of the card must be there and none besides: one more means a model that is more than its card.
-        Reads vectors only; SourceError or UnsupportedModel."""
-        self._rehearsing = True
-        self.embed()
-        self.head()
-        self.norm()
-        for n in range(self.card.layers):
-            self.layer(n)
-        self._rehearsing = False
-        left = sorted(set(self._file.tensors) - self._used)
-        if left:
-            raise UnsupportedModel(
-                f"the file holds {len(left)} tensors that we do not know: {', '.join(left[:4])} …", hint=LLAMACPP
-            )
+    def _tensors(self) -> set[str]:
+        return set(self._file.tensors) - IGNORED_TENSORS
 
     def _card(self) -> Card:
         arch, heads = self._architecture, self._count("attention.head_count")

@@ -19,13 +19,14 @@ from edgewise.models import rope
 from edgewise.models.blocks import Layer
 from edgewise.models.card import Activation, Card, QKNorm, Rope, alternating
 from edgewise.models.licence import declared
+from edgewise.models.model_source import ModelSource
 from edgewise.models.tokenizer_writer import write_from_hf
 from edgewise.models.weights import Dense, Matrix, split
 from edgewise.types import FloatArray
 
-LLAMACPP = "convert it to GGUF and run that with the llamacpp engine (pip install 'edgewise[llamacpp]')"
 TYPES = {"F32", "F16", "BF16"}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+LLAMACPP = "convert it to GGUF and run that with the llamacpp engine (pip install 'edgewise[llamacpp]')"
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old checkpoints saved
 
 
@@ -91,14 +92,15 @@ FAMILIES = {
 }
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(ModelSource):
     """Card, weights and tokenizer of a checkpoint directory. SourceError for damage, UnsupportedModel for what we
     cannot carry."""
 
     kind = "huggingface"
+    otherwise = LLAMACPP
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._config = _read_json(path / "config.json")
         self._family_name = str(self._config.get("model_type"))
         if self._family_name not in FAMILIES:
@@ -110,8 +112,6 @@ class HuggingFaceSource:
         self._config = {**self._family.defaults, **self._config}
         self._refuse_unsupported()
         self._files = self._index()
-        self._used: set[str] = set()
-        self._rehearsing = False
         try:
             self.card = self._card()
         except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
@@ -193,21 +193,8 @@ class HuggingFaceSource:
         q_size, k_size = sizes
         return self._scales(f"{attention}.q_norm.weight", q_size), self._scales(f"{attention}.k_norm.weight", k_size)
 
-    def check(self) -> None:
-        """Every tensor of the card must be there and none besides: one more means a model that is more than its card.
-        Reads vectors only; SourceError or UnsupportedModel."""
-        self._rehearsing = True
-        self.embed()
-        self.head()
-        self.norm()
-        for n in range(self.card.layers):
-            self.layer(n)
-        self._rehearsing = False
-        left = sorted(name for name in set(self._files) - self._used if not IGNORED_TENSORS.search(name))
-        if left:
-            raise UnsupportedModel(
-                f"the checkpoint holds {len(left)} tensors that we do not know: {', '.join(left[:4])} …", hint=LLAMACPP
-            )
+    def _tensors(self) -> set[str]:
+        return {name for name in self._files if not IGNORED_TENSORS.search(name)}
 
     def _refuse_unsupported(self) -> None:
         c = self._config
@@ -266,13 +253,6 @@ class HuggingFaceSource:
             ),
             residual_scale=float(c.get("residual_multiplier", 1)),
             logit_scale=1 / float(c.get("logits_scaling", 1)),
-        )
-
-    def _embedding_scale(self, hidden: int) -> float:
-        return (
-            math.sqrt(hidden)
-            if self._family.embedding_root_scale
-            else float(self._config.get("embedding_multiplier", 1))
         )
 
     def _attention_scale(self) -> float | None:

@@ -4,49 +4,29 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from edgewise.errors import LicenceError, SourceError, UsageError
 from edgewise.models import download
 from edgewise.models.blocks import BlockWriter, Layer
 from edgewise.models.bundle import NAME, BlockEntry, Bundle, Graphs, write_manifest
-from edgewise.models.card import Card
+from edgewise.models.download import Progress
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.from_hf import HuggingFaceSource
 from edgewise.models.licence import NOTICES, is_permissive
+from edgewise.models.model_source import ModelSource
 from edgewise.models.store import bundles_dir, making
 from edgewise.models.weights import Matrix, requantize
-from edgewise.types import FloatArray
 
 LAYERS_PER_BLOCK = 6  # measured in docs/performance.md; 1..all give the same numbers
 REQUANTIZE_BITS = {"int4": 4, "int8": 8}
 
 Weights = Literal["exact", "int4", "int8"]
 Activations = Literal["int8", "fp32"]
-Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-class ModelSource(Protocol):
-    """A model in somebody's file format. `card` first; each weight is read when it is asked for."""
-
-    kind: str
-    path: Path
-    card: Card
-    types: Counter[str]  # weight types and how many matrices have them
-
-    @property
-    def licence_id(self) -> str | None: ...
-    def embed(self) -> Matrix: ...
-    def head(self) -> Matrix | None: ...
-    def norm(self) -> FloatArray: ...
-    def layer(self, n: int) -> Layer: ...
-    def check(self) -> None: ...
-    def write_tokenizer(self, directory: Path) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

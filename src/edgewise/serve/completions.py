@@ -31,7 +31,7 @@ from edgewise.serve.exchange import (
 )
 from edgewise.serve.metrics import Metrics
 from edgewise.types import Chunk, Decision, Request, Usage, Wish
-from edgewise.wire.answers import (
+from edgewise.wire.encoders import (
     Answer,
     ChatEncoder,
     Stamp,

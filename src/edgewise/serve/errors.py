@@ -49,6 +49,7 @@ STATUS: Final[tuple[tuple[type[EdgewiseError], int, str | None], ...]] = (
     (RemoteRefused, 502, "remote_refused"),
     (RemoteBroken, 502, "remote_broken"),
 )
+OPENAI_NAMES: Final = {"prompt_ids": "prompt"}  # of fields that are called otherwise in Request
 HTTP_CODES: Final[Mapping[int, str]] = {
     401: "invalid_api_key",
     404: "unknown_path",
@@ -90,7 +91,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
 def _of_ours(error: EdgewiseError, status: int, code: str | None) -> Failure:
     body = ErrorBody(message=str(error), type=_type(status), code=code)
     if isinstance(error, RequestError):
-        body.param = error.param
+        body.param = OPENAI_NAMES.get(error.param or "", error.param)
     if isinstance(error, ContextFull):
         body.n_prompt_tokens, body.n_ctx = error.needed, error.limit
     if isinstance(error, RemoteRefused) and error.retryable:

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgewise.errors import RequestError, UnsupportedField
-from edgewise.types import Message, Request, Sampling, Wish
+from edgewise.types import RANGES, Message, Request, Sampling, Wish
 
 NEUTRAL: Final = "neutral"
 IGNORED: Final = "ignored"
@@ -34,9 +34,14 @@ _Refused = Annotated[None, Meta(extra={"treatment": REFUSED})]
 _Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _StopText = Annotated[str, Meta(min_length=1)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-_Repetition = Annotated[float, Meta(ge=0.01, le=100)]
-_Bias = Annotated[float, Meta(ge=-100, le=100)]
+
+
+def _range(name: str) -> Meta:
+    low, high = RANGES[name]
+    return Meta(ge=low, le=high)
+
+
+_Repetition = Annotated[float, _range("repetition_penalty")]
 
 
 def _neutral(only: str) -> Meta:
@@ -89,17 +94,17 @@ class Body(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True)
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     max_tokens: _Positive | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    temperature: Annotated[float, _range("temperature")] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    logit_bias: dict[_TokenId, _Bias] | None = None
+    presence_penalty: Annotated[float, _range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _range("frequency_penalty")] | None = None
+    logit_bias: dict[_TokenId, Annotated[float, _range("logit_bias")]] | None = None
     stop: _StopText | Annotated[list[_StopText], Meta(max_length=4)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, _range("seed")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=RANGES["top_k"][1])] | None = None
+    min_p: Annotated[float, _range("min_p")] | None = None
     repetition_penalty: _Repetition | None = None
     repeat_penalty: _Repetition | None = None
     ignore_eos: bool | None = None  # benchmarks need it
@@ -297,7 +302,7 @@ def _decoded(decoder: msgspec.json.Decoder[BodyType], data: bytes, markers: Mark
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as e:
-        raise _refusal(str(e), markers) from None
+        raise _refusal(str(e), markers, data) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RequestError(f"the body is not JSON: {e}", hint="send one JSON object in UTF-8") from None
 
@@ -360,8 +365,8 @@ _ALLOWED = {
 _JSON_WORDS = {"float": "number", "int": "integer", "str": "string", "bool": "boolean"}
 
 
-def _refusal(complaint: str, markers: Markers) -> RequestError:
-    """What msgspec says, with the field's name at the front and in JSON's own words."""
+def _refusal(complaint: str, markers: Markers, data: bytes) -> RequestError:
+    """What msgspec says, with the field's name at the front, in JSON's own words, and with the value that was sent."""
     found = _PLACE.fullmatch(_short(complaint))
     what, param = (found["what"], found["path"] or "") if found else (_short(complaint), "")
     if named := _NAMED.fullmatch(what):
@@ -374,7 +379,23 @@ def _refusal(complaint: str, markers: Markers) -> RequestError:
     for ours, theirs in _JSON_WORDS.items():
         what = re.sub(rf"\b{ours}\b", theirs, what)
     hint = _ALLOWED.get(param.rpartition(".")[2])
-    return RequestError(f"{param or 'the body'}: {what[:1].lower()}{what[1:]}", param=param or None, hint=hint)
+    seen = _seen(param, data)
+    return RequestError(f"{param or 'the body'}: {what[:1].lower()}{what[1:]}{seen}", param=param or None, hint=hint)
+
+
+def _seen(place: str, data: bytes) -> str:
+    """The number or word that stands at that place (`messages[0].role`), if one does; a long text is not repeated."""
+    try:
+        found = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+        try:
+            found = found[key or int(index)]
+        except (KeyError, IndexError, TypeError):
+            return ""
+    shown = "" if found is None or isinstance(found, dict | list) else msgspec.json.encode(found).decode()
+    return f"; it is {shown}" if 0 < len(shown) <= 40 else ""
 
 
 def _refusal_of_name(name: str, place: str, *, known: bool) -> RequestError:

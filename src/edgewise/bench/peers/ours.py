@@ -12,9 +12,10 @@ import numpy as np
 from edgewise.bench.peers.base import Answer, Room, Source
 from edgewise.engines.base import Row
 from edgewise.engines.decode import Decoder
-from edgewise.engines.load import Mode, Runtime, loaded
+from edgewise.engines.load import loaded
 from edgewise.engines.local import set_threads
 from edgewise.models.bundle import Bundle
+from edgewise.settings import Mode, Runtime
 from edgewise.types import Chunk, FloatArray, Request
 
 VARIANTS: dict[str, tuple[Runtime, Mode]] = {
