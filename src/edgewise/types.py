@@ -45,9 +45,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
-RANGES: Final[
-    Mapping[str, tuple[float, float]]
-] = {  # of Sampling's, but top_p; both ends are allowed
+RANGES: Final[Mapping[str, tuple[float, float]]] = {  # of Sampling's, but top_p; both ends are allowed
     "temperature": (0.0, 2.0),
     "top_k": (0, 2**31 - 1),
     "min_p": (0.0, 1.0),

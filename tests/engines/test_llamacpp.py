@@ -46,11 +46,17 @@ async def test_a_real_model_answers_a_question(llama: LlamaCpp) -> None:
     assert "4" in "".join(chunk.text for chunk in chunks)
 
 
-async def test_a_base_model_takes_texts_but_no_messages(smollm2_gguf: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def base_model(smollm2_gguf: Path, tmp_path: Path) -> Path:
+    """Without its chat template."""
+    path = tmp_path / "base.gguf"
+    path.write_bytes(smollm2_gguf.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.lost_template", 1))
+    return path
+
+
+async def test_a_base_model_takes_texts_but_no_messages(base_model: Path) -> None:
     """llama.cpp itself would fall back on a template that the model was never taught."""
-    base = tmp_path / "base.gguf"
-    base.write_bytes(smollm2_gguf.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.lost_template", 1))
-    llama = LlamaCpp(base, context=256, threads=1)
+    llama = LlamaCpp(base_model, context=256, threads=1)
     try:
         with pytest.raises(RequestError, match="base has no chat template") as caught:
             await read(llama, Request((Message("user", "Hello"),), max_tokens=1))
