@@ -21,6 +21,7 @@ from typing import Any
 from edgewise.errors import EngineError
 
 WORKER = "edgewise.bench.worker"
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}  # else the words before a crash are lost
 PAUSE_S = 1.0
 TAIL = 400  # characters of a failed process's last words
 
@@ -67,7 +68,7 @@ def in_fresh_process(
                 stdin=subprocess.PIPE,
                 stdout=said,
                 stderr=said,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **UNBUFFERED, **(environment or {})},
                 start_new_session=True,
             )
             ended = _watch(process, {**job, "started_s": time.monotonic()}, timeout_s)
