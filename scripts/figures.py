@@ -1,4 +1,4 @@
-"""Fill the tables of docs/performance.md from the Measurement files; nobody retypes a number."""
+"""Fill the tables of the pages below from the Measurement files; nobody retypes a number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "planner.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -18,8 +18,8 @@ Measurement = dict[str, Any]
 Rows = Iterator[list[str]]
 
 
-def page() -> str:
-    return MARKED.sub(lambda m: m[1] + section(m[2]) + m[3], PAGE.read_text(encoding="utf-8"))
+def filled(page: Path) -> str:
+    return MARKED.sub(lambda m: m[1] + section(m[2]) + m[3], page.read_text(encoding="utf-8"))
 
 
 def section(name: str) -> str:
@@ -167,6 +167,37 @@ def where(measurement: Measurement) -> Rows:
         yield ["cold start", step, f"{took['median']:.0f} ms"]
 
 
+def host_prediction(measurement: Measurement) -> Rows:
+    yield ["model and prompt", "figure", "predicted tok/s", "measured tok/s", "error"]
+    for name, found in measurement["results"].items():
+        for target in ("decode", "prefill"):
+            one = found[f"{target}_tok_s"]
+            yield [name, target, interval(one["predicted"]), interval(one["measured"]), f"{one['error']:+.1%}"]
+
+
+ERRORS = ("n", "median_ape", "mean_ape", "p90_ape", "coverage80")
+
+
+def errors(figures: dict[str, Any]) -> list[str]:
+    count, *shares = (figures[key] for key in ERRORS)
+    return [str(count), *(f"{share:.1%}" for share in shares)]
+
+
+def plan_errors(measurement: Measurement) -> Rows:
+    yield ["left out", "figure", "weights", "rows", "median error", "mean error", "p90 error", "in 80 % interval"]
+    for key, what in (("left_out", "each device"), ("left_out_by_chip", "all devices of a chip")):
+        for target, groups in measurement["results"][key].items():
+            for group, figures in groups.items():
+                yield [what, target, group, *errors(figures)]
+
+
+def plan_sensitivity(measurement: Measurement) -> Rows:
+    yield ["changed", "published: median", "mean", "all: median", "mean", "in 80 % interval"]
+    for name, groups in measurement["results"]["sensitivity"].items():
+        shown = [groups[group][key] for group in ("published", "all") for key in ("median_ape", "mean_ape")]
+        yield [name, *(f"{share:.1%}" for share in shown), f"{groups['all']['coverage80']:.1%}"]
+
+
 def block_size(measurement: Measurement) -> Rows:
     yield ["layers a block", "prefill tok/s", "decode tok/s"]
     for layers, row in measurement["results"].items():
@@ -198,6 +229,9 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "engines_gemma_targets": ("engines_gemma", gemma_targets),
     "node_targets": ("node", node_targets),
     "where": ("where", where),
+    "host_prediction": ("host_prediction", host_prediction),
+    "plan_errors": ("plan_fit", plan_errors),
+    "plan_sensitivity": ("plan_fit", plan_sensitivity),
     "fidelity": ("fidelity", fidelity),
     "block_size": ("block_size", block_size),
     "node": ("node", node),
@@ -206,8 +240,9 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
 
 
 def main() -> None:
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)
+    for page in PAGES:
+        page.write_text(filled(page), encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def build(compiler: list[str], root: Path) -> None:
     """One object for each source, the kernels once per instruction set, linked into one library."""
     sources = root / NATIVE
     with tempfile.TemporaryDirectory() as place:
-        jobs = {name: [str(sources / f"{name}.c")] for name in ("blocks", "pool")}
+        jobs = {name: [str(sources / f"{name}.c")] for name in ("blocks", "pool", "probe")}
         for name, flags in KERNELS.items():
             own = [f"-DEW_KERNELS=ew_kernels_{name}", f'-DEW_NAME="{name}"']
             jobs[name] = [str(sources / "kernels.c"), *flags, *own]

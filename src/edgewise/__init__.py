@@ -4,13 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from edgewise.devices.views import EdgeGPUSpecs, benchmarks, edge_chips
     from edgewise.joint.inference import JointInference
 
-__all__ = ["JointInference", "__version__"]
+__all__ = ["EdgeGPUSpecs", "JointInference", "__version__", "benchmarks", "edge_chips"]
 __version__ = "0.1.0"
 
 # Loaded when first used, so that `import edgewise` stays light.
-_DOORS = {"JointInference": "edgewise.joint.inference"}
+_DOORS = {
+    "EdgeGPUSpecs": "edgewise.devices.views",
+    "JointInference": "edgewise.joint.inference",
+    "benchmarks": "edgewise.devices.views",
+    "edge_chips": "edgewise.devices.views",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -30,7 +30,7 @@ from edgewise.bench.engines import (
     row,
     shares,
 )
-from edgewise.bench.limits import ceilings, mac_per_s, read_bytes_per_s, read_bytes_per_token
+from edgewise.bench.limits import ceilings, machine_limits, read_bytes_per_token
 from edgewise.bench.peers.base import FAST, OURS, PEERS, STABLE, Answer, Contestant
 from edgewise.bench.turns import Taken, TurnFailed, in_fresh_process, take_turns
 from edgewise.bench.worker import speeds
@@ -238,9 +238,9 @@ def test_samples_become_figures() -> None:
 
 def test_the_limits_of_this_machine(tiny_bundle: Bundle) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # where no model has fixed onnxruntime's threads
-        assert fresh.submit(read_bytes_per_s, 2, total=8 << 20).result() > 1e8
-        assert fresh.submit(mac_per_s, 1, np.uint8, np.int8, "MatMulInteger").result() > 1e8
-        assert fresh.submit(mac_per_s, 1, np.float32, np.float32, "MatMul").result() > 1e8
+        limits, reached_by = fresh.submit(machine_limits, 1).result()
+    assert limits.keys() == reached_by.keys() == {"read_bytes_per_s", "int8_mac_per_s", "fp32_mac_per_s"}
+    assert all(limit > 1e8 for limit in limits.values())
     card = tiny_bundle.card
     matrices = card.layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + card.vocab * 64
     read = read_bytes_per_token(tiny_bundle)

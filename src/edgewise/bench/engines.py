@@ -20,16 +20,23 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.bench.limits import ENVIRONMENT, ceilings
+from edgewise.bench.host import measured_host
+from edgewise.bench.limits import ceilings
 from edgewise.bench.measure import figure
 from edgewise.bench.peers.base import FAST, OUR_NAMES, OURS, PEERS, REFERENCE, STABLE, Contestant
 from edgewise.bench.turns import Taken, TurnFailed, in_fresh_process, take_turns
+from edgewise.devices.host import ENVIRONMENT, Host
+from edgewise.devices.machine import usable_cores
 from edgewise.errors import EngineError, UsageError
 from edgewise.evaluate.divergence import Divergence, agreement_length, log_softmax
 from edgewise.models.bundle import Bundle
 from edgewise.models.download import Progress, fetch
+from edgewise.models.outline import outline
 from edgewise.models.source import Activations, pull
 from edgewise.models.tokenizer import Tokenizer
+from edgewise.plan.planner import Wish, make
+from edgewise.plan.sites import ThisMachine
+from edgewise.plan.speeds import shipped
 from edgewise.settings import DEFAULT_MODEL
 from edgewise.types import FloatArray
 
@@ -107,8 +114,8 @@ def compare(plan: Comparison, home: Path, show: Progress) -> dict[str, Any]:
     standings = desk.standings()
     if broken := [s for s in standings if s.contestant.ours and s.failed]:
         raise EngineError(f"{broken[0].contestant.name} failed: {broken[0].failed}")
-    probed = desk.limits()
-    cells = [desk.cell(standings, probed, *pair) for pair in product(plan.prompts, plan.streams)]
+    probed, host = desk.limits(), desk.host()
+    cells = [desk.cell(standings, probed, host, *pair) for pair in product(plan.prompts, plan.streams)]
     return {"model": plan.model_name, "limits": probed, "cells": cells}
 
 
@@ -147,8 +154,15 @@ class Desk:
         job = {"turn": "limits", "bundle": str(self._bundle.path), "threads": self._plan.threads}
         return in_fresh_process(job, timeout_s=self._plan.timeout_s, environment=ENVIRONMENT)
 
+    def host(self) -> Host | None:
+        """This machine as it is now, for what a plan would have predicted; None if that is not what is measured."""
+        if self._plan.threads != usable_cores() or 1 not in self._plan.streams:
+            return None
+        self._show("measuring what our kernels reach", 0, 1)
+        return measured_host(self._home, fresh=True)
+
     def cell(
-        self, standings: Sequence[Standing], probed: Mapping[str, Any], prompt: int, streams: int
+        self, standings: Sequence[Standing], probed: Mapping[str, Any], host: Host | None, prompt: int, streams: int
     ) -> dict[str, Any]:
         """One prompt length and number of streams: the turns of all who can take them."""
         plan, able = self._plan, {s.contestant.name: s for s in standings if s.failed is None}
@@ -169,8 +183,15 @@ class Desk:
             "ratio_to_best": ratios_to_best(engines, FAST),
             "ratio_to_best_stable": ratios_to_best(engines, STABLE),
             "ratio_to": {name: ratios(engines[FAST], engines[name]) for name in fit(engines)},
+            "predicted": None if host is None or streams > 1 else self._predicted(host, prompt),
             "limits": {**ceiling, "share": {n: shares(r, ceiling) for n, r in engines.items() if r["decode_tok_s"]}},
         }
+
+    def _predicted(self, host: Host, prompt: int) -> dict[str, Any]:
+        """What `edgewise plan --device host` says of our engine."""
+        wish = Wish(runtime="edgewise", context=_context(prompt, self._plan.new // 2), prompt=prompt)
+        plan = make(outline(str(self._bundle.path)), ThisMachine(host), shipped(), wish)
+        return {"decode_tok_s": plan.decode_tok_s._asdict(), "prefill_tok_s": plan.prefill_tok_s._asdict()}
 
     def _pull(self, activations: Activations) -> Bundle:
         return pull(

@@ -15,12 +15,12 @@ from typing import Any, Final, Literal
 import msgspec
 import numpy as np
 
+from edgewise.devices.machine import this_machine
 from edgewise.errors import UsageError
 from edgewise.evaluate.interval import bootstrap
 
 FORMAT: Final = 1
 SIZE_LIMIT: Final = 256 << 20  # bytes; raw samples are small, so a larger file is none of ours
-SIMD = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
 
 Kind = Literal["measured", "emulated", "simulated", "predicted"]
 
@@ -102,23 +102,15 @@ def figure(samples: Iterable[float], unit: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """This machine, without its name."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
-    lines = {key.strip(): value.strip() for key, value in lines.items()}
-    flags = set(lines.get("flags", lines.get("Features", "")).split())
+    found = this_machine()
     return {
-        "cpu": lines.get("model name", platform.processor() or platform.machine()),
-        "cores": os.cpu_count(),
-        "simd": [flag for flag in SIMD if flag in flags],
-        "memory_bytes": _memory_bytes(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": found.cpu,
+        "cores": found.cores,
+        "simd": list(found.simd),
+        "memory_bytes": found.memory_bytes,
+        "system": found.system,
         "python": platform.python_version(),
     }
-
-
-def _memory_bytes() -> int | None:
-    """Physical memory; None where the system does not say (Windows has no sysconf)."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def typed(script: str) -> str:

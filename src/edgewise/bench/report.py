@@ -43,7 +43,8 @@ def table(report: Report) -> str:
         for name, row in cell["engines"].items():
             rows.add_row(name, "" if row["kl"] is None else f"{row['kl']:.2g}", *_medians(row), _verdict(cell, name))
         console.print(rows)
-        console.print(_limits(cell["limits"]), soft_wrap=True, markup=False, highlight=False)
+        for line in (_limits(cell["limits"]), *_predicted(cell)):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
         for name, row in cell["engines"].items():
             if row["left_out"]:
                 console.print(f"{name} is left out: {row['left_out']}", soft_wrap=True, markup=False, highlight=False)
@@ -56,6 +57,15 @@ def _limits(limits: Mapping[str, Any]) -> str:
     reached = limits["share"].get(FAST, {})
     shown = (f"{what} {limits[key]:.0f}{_share(reached.get(key[: -len('_tok_s')]))}" for key, what in LIMITS.items())
     return f"limits here, tok/s: {', '.join(shown)}"
+
+
+def _predicted(cell: Mapping[str, Any]) -> list[str]:
+    """What a plan would have said of ours, beside what was measured."""
+    if cell["predicted"] is None:
+        return []
+    row, found = cell["engines"][FAST], cell["predicted"].items()
+    pairs = (f"{key.split('_')[0]} {p['value']:.0f} (measured {median(row[key]):.0f})" for key, p in found if row[key])
+    return [f"edgewise plan --device host predicts, tok/s: {', '.join(pairs)}"]
 
 
 def _share(reached: float | None) -> str:

@@ -71,7 +71,13 @@ def limits(job: Job) -> dict[str, Any]:
     return probe(Path(job["bundle"]), job["threads"])
 
 
-TURNS = {"prepare": prepare, "judge": judge, "measure": measure, "limits": limits}
+def host(job: Job) -> dict[str, Any]:
+    from edgewise.bench.host import measure
+
+    return measure(Path(job["home"]), job["key"])
+
+
+TURNS = {"prepare": prepare, "judge": judge, "measure": measure, "limits": limits, "host": host}
 
 
 def speeds(answers: Sequence[Answer], prompt: int, new: int) -> dict[str, float]:

@@ -65,8 +65,7 @@ def doctor(
 def _checks(settings: Settings) -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
     yield Check("platform", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
-    yield Check("cores", "ok", f"{os.cpu_count()} in all, {_usable_cores()} for this process")
-    yield _simd()
+    yield from _machine()
     yield _native()
     yield _onnxruntime()
     yield from map(_extra, sorted(_extras()))
@@ -77,15 +76,20 @@ def _checks(settings: Settings) -> Iterator[Check]:
         yield _cloud(settings.cloud.url, secret(settings.cloud.key_env, "--cloud-key-env"))
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def _machine() -> Iterator[Check]:
+    from edgewise.devices.machine import this_machine
+
+    machine = this_machine()
+    yield Check("cores", "ok", f"{machine.cores} in all, {machine.usable_cores} for this process")
+    yield Check("simd", "ok", " ".join(machine.simd) or "none that we know")
+    memory = [f"{_gib(machine.memory_bytes)} in all", f"{_gib(machine.available_bytes)} to be had"]
+    if machine.memory_limit_bytes is not None:
+        memory.append(f"the cgroup grants {_gib(machine.memory_limit_bytes)}")
+    yield Check("memory", "ok", ", ".join(memory))
 
 
-def _simd() -> Check:
-    import numpy
-
-    found = numpy.show_config(mode="dicts")["SIMD Extensions"]
-    return Check("simd", "ok", " ".join([*found.get("baseline", []), *found.get("found", [])]) or "none known to numpy")
+def _gib(count: int | None) -> str:
+    return "an unknown amount" if count is None else f"{count / 2**30:.1f} GiB"
 
 
 def _native() -> Check:

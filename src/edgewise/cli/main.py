@@ -13,7 +13,22 @@ import typer
 from typer.main import get_command
 
 from edgewise import __version__
-from edgewise.cli import ask, bench, bench_import, cloud, config, doctor, list, profile, pull, rm, serve, show
+from edgewise.cli import (
+    ask,
+    bench,
+    bench_import,
+    cloud,
+    config,
+    devices,
+    doctor,
+    list,
+    plan,
+    profile,
+    pull,
+    rm,
+    serve,
+    show,
+)
 from edgewise.cli.options import Run
 from edgewise.cli.output import note
 from edgewise.errors import EdgewiseError, GapError, LicenceError, RequestError, UnknownModel, UsageError
@@ -48,6 +63,8 @@ app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
 app.command("cloud")(cloud.cloud)
 app.command("profile")(profile.profile)
+app.command("plan")(plan.plan)
+app.command("devices")(devices.devices)
 app.command("doctor")(doctor.doctor)
 settings_verbs.command("show")(config.show)
 settings_verbs.callback()(config.config)

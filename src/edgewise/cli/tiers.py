@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -76,13 +75,14 @@ def listen(
     settings: Settings, open_it: Callable[[Settings], Generator], *, route: Route, wishes: tuple[str, ...]
 ) -> None:
     """Serve the generator that `open_it` makes until a signal comes. `wishes` are model names that ask for a tier."""
+    from edgewise.devices.link import is_loopback
     from edgewise.joint.cascade import Cascade
     from edgewise.serve.app import create_app
     from edgewise.serve.exchange import Limits
     from edgewise.serve.run import run
 
     key = secret(settings.serve.key_env, "--key-env")  # before the model is loaded: that takes a while
-    if key is None and not _is_loopback(settings.serve.host):
+    if key is None and not is_loopback(settings.serve.host):
         note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
     generator = open_it(settings)
     asyncio.run(_first_answer(generator, "edge" if "edge" in wishes else "auto"))
@@ -104,13 +104,6 @@ async def _first_answer(generator: Generator, route: Wish) -> None:
 
     async for _ in generator.generate(Request((Message("user", "Hello"),), max_tokens=1, route=route)):
         pass
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _policy(route: RouteSettings) -> Policy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from edgewise.devices.machine import usable_cores
 from edgewise.engines.base import Row
 from edgewise.errors import ContextFull, EngineClosed, EngineError, GapError, Overloaded
 from edgewise.models.bundle import Bundle
@@ -50,7 +50,7 @@ def fixed_threads() -> int:
     """The number that a runtime starts with, from now on for good."""
     _process.fixed = True
     if _process.threads is None:
-        _process.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _process.threads = usable_cores()
     return _process.threads
 
 

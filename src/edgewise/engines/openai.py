@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import ipaddress
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -17,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 
+from edgewise.devices.link import is_loopback
 from edgewise.engines.answer import Stopwatch, check_request
 from edgewise.engines.base import ALL_SAMPLING, Capabilities
 from edgewise.errors import (
@@ -99,7 +99,7 @@ class OpenAI:
         self.model = model
         self.url = _base(parts)
         self._key = _checked_key(key)
-        self._trust_environment = not _is_loopback(parts.hostname or "")  # a proxy has no way to our own machine
+        self._trust_environment = not is_loopback(parts.hostname or "")  # a proxy has no way to our own machine
         self._answer_timeout_s = answer_timeout_s
         self._timeout = httpx2.Timeout(read_timeout_s, connect=connect_timeout_s)
         self._limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)  # callers bound the rest
@@ -435,10 +435,3 @@ def _checked_key(key: str | None) -> str | None:
     if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
         raise ConfigError("the key is empty, or holds a space, a line break or a letter outside ASCII")
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

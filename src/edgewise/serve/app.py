@@ -23,6 +23,7 @@ from edgewise.joint.breaker import Breaker
 from edgewise.serve.completions import CHAT, TEXT, Completions, Crowd, Node
 from edgewise.serve.errors import answer_error, failure_of
 from edgewise.serve.exchange import Limits
+from edgewise.serve.link import Bytes
 from edgewise.serve.metrics import Metrics
 from edgewise.serve.openapi import document
 from edgewise.types import Decision, Route
@@ -64,6 +65,7 @@ def create_app(
             Path("/v1/completions", Completions(node, TEXT, crowd), methods=["POST"]),
             Path("/v1/models", shelf.list, methods=["GET"]),
             Path("/v1/models/{name:path}", shelf.show, methods=["GET"]),
+            Path("/edgewise/bytes", Bytes(limits, crowd), methods=["GET", "POST"]),
             Path("/livez", health.live, methods=["GET"]),
             Path("/readyz", health.ready, methods=["GET"]),
             Path("/metrics", metrics.show, methods=["GET"]),

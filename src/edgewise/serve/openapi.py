@@ -7,9 +7,12 @@ from typing import Any
 import msgspec
 
 from edgewise.serve.completions import WISHES
+from edgewise.serve.link import MOST
 from edgewise.wire.answers import ChunkBody, Completion, ErrorAnswer, ModelBody, ModelList, TextCompletion
 from edgewise.wire.openai import ChatBody, TextBody
 
+BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+COUNT = {"type": "integer", "minimum": 1, "maximum": MOST}
 TYPES = (ChatBody, ChunkBody, Completion, TextBody, TextCompletion, ErrorAnswer, ModelBody, ModelList)
 
 
@@ -27,6 +30,12 @@ def document(version: str) -> bytes:
         "/v1/models/{name}": {
             "get": _operation("One model.", _json("ModelBody"), (401, 404))
             | {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+        },
+        "/edgewise/bytes": {
+            "get": _operation("So many random bytes, to measure the way here.", BINARY, (400, 401, 429))
+            | {"parameters": [{"name": "count", "in": "query", "required": True, "schema": COUNT}]},
+            "post": _operation("Takes a body and forgets it.", {"application/json": {}}, (401, 408, 413, 429))
+            | {"requestBody": {"content": BINARY}},
         },
         "/livez": {"get": _operation("The process answers.", {"application/json": {}}, ())},
         "/readyz": {"get": _operation("Requests will be served.", {"application/json": {}}, (503,))},

@@ -1,0 +1,1 @@
+"""What machines are: the catalogue of devices, and what this one measures."""
