@@ -154,6 +154,7 @@ class Device(_Record, frozen=True):
     kind: Kind
     aliases: tuple[Text, ...] = ()
     memory_gib: Figure | None = None
+    no_memory: bool = False  # it has none of its own beside SRAM
     bandwidth_gb_s: Figure | None = None
     read_gb_s: Figure | None = None
     power_w: Figure | None = None
@@ -198,13 +199,20 @@ class Catalogue(_Record, frozen=True):
     claims: tuple[Claim, ...] = ()
 
     def find(self, name: str) -> tuple[str, Device]:
-        """By id, name or alias, whatever their case. UsageError if there is none, naming those with a common word."""
+        """By id, name or alias, whatever their case, else by words that one device alone has in its names and those of
+        its units ("Orin NX", "Hexagon 8 Gen 3"); of several the one with the shortest id ("Neural Engine M2" is no M2
+        Pro). UsageError if there is none, naming those with a common word."""
         wanted = plain(name)
         for id, device in self.devices.items():
             if wanted in map(plain, (id, *device.names)):
                 return id, device
         words = set(wanted.split())
-        near = [id for id in self.devices if words & set(id.split("-"))]
+        having = sorted((len(id.split("-")), id) for id, device in self.devices.items() if _is_called(device, words))
+        if words and having and (len(having) == 1 or having[0][0] < having[1][0]):
+            return having[0][1], self.devices[having[0][1]]
+        near = [
+            id for id, device in self.devices.items() if words & set(" ".join(map(plain, (id, *device.names))).split())
+        ]
         raise UsageError(
             f"the catalogue has no device {name[:100]!r}",
             hint=f"near: {', '.join(near[:8])}" if near else "`edgewise devices` lists them",
@@ -222,6 +230,13 @@ class Catalogue(_Record, frozen=True):
             return value
         told = {key: self._with_sources(part) for key, part in value.items()}
         return told | {"source": msgspec.to_builtins(self.sources[told["source"]])} if "source" in told else told
+
+
+def _is_called(device: Device, words: set[str]) -> bool:
+    """Whether one of its names, with its vendor's and what its units are called, has all those words."""
+    beside = {word for name in (device.vendor, *(u.name for u in device.units)) for word in plain(name).split()}
+    beside = {word for word in beside if not any(character.isdigit() for character in word)}
+    return any(words <= {*plain(name).split()} | beside for name in device.names)
 
 
 def plain(name: str) -> str:

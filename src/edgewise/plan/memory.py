@@ -76,13 +76,16 @@ class Room(msgspec.Struct, frozen=True):
 def room_of(device: Device, kind: Kind, part: Part, memory_gib: float | None = None) -> Room:
     """`memory_gib` is that of the very device; the catalogue knows a range, of which the least counts."""
     figure = device.memory_gib
+    if memory_gib is None and device.no_memory:
+        return Room(0, f"{device.name} has no memory of its own beside SRAM")
     if memory_gib is None and figure is None:
         return Room(None, f"the catalogue does not know the memory of {device.name}")
     whole = memory_gib or (figure.least if figure else 0.0)
     limits = [limit for limit in device.os_limits if limit.share is not None and (part == "gpu" or kind != "mac")]
-    share = min((limit.share for limit in limits if limit.share is not None), default=LEFT[kind])
+    tightest = min(limits, key=lambda limit: limit.share or 1.0, default=None)
+    share = LEFT[kind] if tightest is None else tightest.share or 1.0
     sold = (
         f", which is sold with up to {figure.most:g}" if figure and memory_gib is None and figure.most > whole else ""
     )
-    because = limits[0].what if limits else f"assumed for the kind {kind}"
+    because = tightest.what if tightest else f"assumed for the kind {kind}"
     return Room(round(whole * GIB * share), f"{share:.0%} of {whole:g} GiB{sold} ({because})")

@@ -260,7 +260,7 @@ class _Planner:
             )
         else:
             reasons.append("speeds follow from what our own kernels reach on this machine")
-        return reasons
+        return [*reasons, *self._site.limits(asked.part)]
 
     def _suggestions(
         self, chosen: Option, room: Room, largest: Option | None, *, fits: bool | None, quick: bool

@@ -20,6 +20,7 @@ NPU_RUNTIMES: Final = {  # by the maker of the device; others run no language mo
     "Intel": "openvino",
     "AMD": "fastflowlm",
     "Rockchip": "rkllm",
+    "Hailo": "hailort",
 }
 
 
@@ -47,6 +48,10 @@ class Site(Protocol):
     def ways(self, part: Part, runtime: str) -> Runtime: ...
 
     def room(self, part: Part) -> Room: ...
+
+    def limits(self, part: Part) -> tuple[str, ...]:
+        """What else is known to stand in the way there."""
+        ...
 
     def power_w(self, part: Part) -> float | None:
         """Of the part while it computes, or of the whole device where only that is known."""
@@ -83,6 +88,8 @@ class Catalogued:
                 found.append(("gpu", "vllm" if self._device.kind == "server gpu" else "llama.cpp"))
             elif unit.unit == "cpu":
                 found.append(("cpu", "llama.cpp"))
+        if not found:  # its memory may still say why not
+            found = [("npu", "no runtime for language models")] if self._device.units else []
         return found
 
     def machine(self, part: Part, runtime: str) -> Machine:
@@ -94,6 +101,10 @@ class Catalogued:
 
     def room(self, part: Part) -> Room:
         return room_of(self._device, self.kind, part, self._memory_gib)
+
+    def limits(self, part: Part) -> tuple[str, ...]:
+        units = [limit for unit in self._device.units if unit.unit == part for limit in unit.limits]
+        return (*units, *self._device.notes)
 
     def power_w(self, part: Part) -> float | None:
         units = [unit.power_w.most for unit in self._device.units if unit.unit == part and unit.power_w]
@@ -135,6 +146,9 @@ class ThisMachine:
         if free is None:
             return Room(None, "the system does not tell how much memory is free")
         return Room(free, "what a program can have now without swapping")
+
+    def limits(self, part: Part) -> tuple[str, ...]:
+        return ()
 
     def power_w(self, part: Part) -> None:
         return None
