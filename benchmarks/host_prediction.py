@@ -19,8 +19,8 @@ from edgewise.bench.measure import Measurement, figure, typed
 from edgewise.bench.turns import in_fresh_process
 from edgewise.devices.machine import this_machine
 from edgewise.models.bundle import Bundle
+from edgewise.models.described import described
 from edgewise.models.download import fetch
-from edgewise.models.outline import outline
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.plan.planner import Wish, make
@@ -68,7 +68,7 @@ def one_round(bundle: Bundle, prompt: int, new: int) -> dict[str, tuple[float, f
     """(predicted, measured) of each target."""
     host = measured_host(HOME, fresh=True)
     wish = Wish(context=prompt + new // 2, prompt=prompt)
-    plan = make(outline(str(bundle.path)), ThisMachine(host), shipped(), wish)
+    plan = make(described(str(bundle.path)), ThisMachine(host), shipped(), wish)
     measured = run(bundle, prompt, new)
     return {target: (getattr(plan, target).value, measured[target]) for target in TARGETS}
 

@@ -30,8 +30,8 @@ from edgewise.devices.machine import usable_cores
 from edgewise.errors import EngineError, UsageError
 from edgewise.evaluate.divergence import Divergence, agreement_length, log_softmax
 from edgewise.models.bundle import Bundle
+from edgewise.models.described import described
 from edgewise.models.download import Progress, fetch
-from edgewise.models.outline import outline
 from edgewise.models.source import Activations, pull
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.plan.planner import Wish, make
@@ -190,7 +190,7 @@ class Desk:
     def _predicted(self, host: Host, prompt: int) -> dict[str, Any]:
         """What `edgewise plan --device host` says of our engine."""
         wish = Wish(runtime="edgewise", context=_context(prompt, self._plan.new // 2), prompt=prompt)
-        plan = make(outline(str(self._bundle.path)), ThisMachine(host), shipped(), wish)
+        plan = make(described(str(self._bundle.path)), ThisMachine(host), shipped(), wish)
         return {"decode_tok_s": plan.decode_tok_s._asdict(), "prefill_tok_s": plan.prefill_tok_s._asdict()}
 
     def _pull(self, activations: Activations) -> Bundle:

@@ -84,7 +84,7 @@ def plan(
     elif mission_table:
         _mission(known, shipped(), as_json=json)
     else:
-        from edgewise.models.outline import outline
+        from edgewise.models.described import described
         from edgewise.plan.planner import Wish, make
         from edgewise.plan.precision import precision as named
 
@@ -97,10 +97,10 @@ def plan(
             prompt=prompt,
             tok_s=want,
         )
-        described = outline(model, settings.home)
+        outline = described(model, settings.home)
         site = _site(device, known, settings, memory=memory, bandwidth=bandwidth, fresh=fresh, own=bool(measured))
         speeds = _refined(shipped(), site, measured or [], model)
-        found = make(described, site, speeds, wish)
+        found = make(outline, site, speeds, wish)
         result(found.as_json(), _text(found), as_json=json)
 
 

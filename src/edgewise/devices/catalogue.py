@@ -310,8 +310,9 @@ class _Reader:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as e:
             what, _, place = str(e).partition(" - at `$")
-            steps = re.findall(r"\.(\w+)|\[(\d+)\]", place)
-            raise self._wrong((*at, *(name or int(n) for name, n in steps)), what) from e
+            steps = [name or int(n) for name, n in re.findall(r"\.(\w+)|\[(\d+)\]", place)]
+            unknown = re.findall(r"unknown field `(.*)`", what)
+            raise self._wrong((*at, *steps, *unknown), what) from e
 
     def _check_references(self, made: Catalogue) -> None:
         for at, source in _sources(made):

@@ -299,7 +299,7 @@ def _counters(connection: socket.socket | None) -> _Counters | None:
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
         return _Counters(*(struct.unpack_from("=I", info, at)[0] for at in (148, 156, 100)))  # struct tcp_info
-    except (OSError, struct.error):  # closed, or an old system
+    except (OSError, ValueError, struct.error):  # closed, or an old system
         return None
 
 
@@ -312,5 +312,5 @@ def _unsent(connection: socket.socket | None) -> int | None:
 
     try:
         return int(struct.unpack("=i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4))[0])
-    except OSError:
+    except (OSError, ValueError):  # closed
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -330,6 +331,8 @@ class Spread(msgspec.Struct, frozen=True):
 
     @staticmethod
     def learned(scores: Sequence[Score], level: float) -> Spread:
+        if not scores:  # nobody was held out: as of a normal distribution
+            return Spread(NormalDist().inv_cdf((1 + level) / 2))
         z = np.array([score.z for score in scores])
         capped = np.minimum(z, 3 * np.sort(z)[len(z) // 2])  # one row that is wholly off must not widen its runtime
         usual = float(capped.mean())

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from edgewise.devices.catalogue import Catalogue, Claim
-from edgewise.models.outline import of_words
+from edgewise.models.known import of_words
 from edgewise.plan.planner import Plan, Wish, make
 from edgewise.plan.precision import PRECISIONS, streamed, weigh
 from edgewise.plan.sites import Catalogued

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from edgewise.errors import UsageError
-from edgewise.models.outline import Outline, family
+from edgewise.models.known import family
+from edgewise.models.outline import Outline
 from edgewise.plan.fit import Estimate
 from edgewise.plan.memory import GIB, Memory, Room, needed
 from edgewise.plan.precision import PRECISIONS, Precision, streamed

@@ -18,7 +18,8 @@ import msgspec
 
 from edgewise.devices.catalogue import Catalogue, Device
 from edgewise.errors import SourceError, UsageError
-from edgewise.models.outline import Outline, of_size, of_words
+from edgewise.models.known import of_size, of_words
+from edgewise.models.outline import Outline
 from edgewise.plan.fit import Observation, Target
 from edgewise.plan.precision import UNSAID, Precision, published, streamed
 from edgewise.plan.speed import (
