@@ -82,7 +82,9 @@ def test_a_gguf_a_bundle_a_directory_and_a_config_describe_one_model(tmp_path: P
     file = save_gguf(model, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q4_0)
     directory = save_hf(model, tmp_path / "hf")
     bundle = pull(str(file), home=tmp_path)
-    found = [described(str(path)) for path in (file, directory, directory / "config.json", bundle.path)]
+    alone = tmp_path / "config.json"
+    alone.write_bytes((directory / "config.json").read_bytes())
+    found = [described(str(path)) for path in (file, directory, alone, bundle.path)]
     found.append(described("tiny", tmp_path))
     shapes = {(o.layers, o.hidden, o.heads, o.kv_heads, o.ffn, o.vocab, o.tied) for o in found}
     assert len(shapes) == 1

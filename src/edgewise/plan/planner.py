@@ -18,7 +18,7 @@ from edgewise.plan.fit import Estimate
 from edgewise.plan.memory import GIB, Memory, Room, needed
 from edgewise.plan.precision import PRECISIONS, Precision, streamed
 from edgewise.plan.sites import Asked, Site
-from edgewise.plan.speed import Part, situation, weights
+from edgewise.plan.speed import Part, drives, situation, weights
 from edgewise.plan.speeds import Speeds
 
 READING_TOK_S: Final = 10.0  # what people read at, and so the least that is wanted unless somebody says more
@@ -150,9 +150,7 @@ class _Planner:
         return found
 
     def _drives(self, part: Part, runtime: str) -> bool:
-        return self._site.machine(part, runtime).unit in (
-            self._site.ways(part, runtime).drives or (part, "cuda", "metal")
-        )
+        return drives(runtime, self._site.machine(part, runtime).unit)
 
     def _named(self, way: tuple[Part, str]) -> list[Precision | None]:
         """Those that models are had in for the runtime, the finest first."""

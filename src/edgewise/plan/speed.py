@@ -77,6 +77,12 @@ def runtime_of(text: str, unit: Unit) -> Runtime:
     return Runtime(re.split(r"[/(]", plain)[0].strip() or "unknown")
 
 
+def drives(text: str, unit: Unit) -> bool:
+    """Whether the runtime that people mean by that text runs on such a unit; one that we do not know may."""
+    meant = next((runtime for runtime in RUNTIMES if re.search(runtime.words, text.lower())), None)
+    return meant is None or unit in (meant.drives or (unit,))
+
+
 class Machine(msgspec.Struct, frozen=True):
     """One unit of a device in the numbers that the formula takes: 10⁹ bytes and 10¹² operations a second at their peak.
     `assumed` names those that are only typical of its kind."""
