@@ -138,4 +138,5 @@ def test_bytes_are_given_and_taken_within_bounds() -> None:
         for wrong in ("", "?count=0", "?count=-1", "?count=x", f"?count={MOST + 1}", "?count=1e3"):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(at + wrong)
-            assert caught.value.code == 400, wrong
+            with caught.value as answer:  # which holds its connection
+                assert answer.code == 400, wrong

@@ -232,7 +232,7 @@ def _extra(fields: Fields, layers: int, hidden: int, ffn: int, per_layer: int) -
     extra = 3 * layers * hidden * per_layer  # of each layer a gate, a projection and a part of the common projection
     if fields.get("use_double_wide_mlp"):
         extra += 3 * hidden * ffn * fields.count("num_kv_shared_layers", 0)
-    if fields.get("hidden_act", "activation_function") in UNGATED:
+    if str(fields.get("hidden_act", "activation_function")) in UNGATED:
         extra -= hidden * ffn * layers
     return extra
 
@@ -315,7 +315,7 @@ def _entry(file: str, name: str, value: Any) -> Entry:
     try:
         start, end = value["data_offsets"]
         entry = Entry(str(value["dtype"]), tuple(int(n) for n in value["shape"]), int(end) - int(start))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise SourceError(f"{file} lists the tensor {name!r} as {str(value)[:80]}", hint="download it again") from e
     if min((*entry.shape, entry.bytes), default=0) < 0:
         raise SourceError(f"{file} lists the tensor {name!r} with a size below 0", hint="download it again")

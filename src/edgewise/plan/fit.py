@@ -117,12 +117,14 @@ OWN_NOISE_TAIL: Final = 30.0
 OWN_DEVICE: Final = 0.4
 
 
-def of_own_rows(beliefs: Beliefs) -> Beliefs:
+def of_own_rows(beliefs: Beliefs, target: Target, rows: Iterable[Observation]) -> Beliefs:
     """What is believed of rows that a user measured on the very device: they err less than what strangers publish, and
-    what is odd about that device, settings and cooling included, shows in them."""
-    own = Prior(1, OWN_DEVICE)
+    what is odd about that device, settings and cooling included, shows in them. Of others as much is believed as
+    before."""
+    effects = {name for row in rows for name, _ in TERMS[target](row.situation).whole}
+    own = {name: Prior(1, OWN_DEVICE) for name in effects if name.startswith(DEVICE_EFFECT)}
     return msgspec.structs.replace(
-        beliefs, priors={**beliefs.priors, "whole/device": own}, noise=OWN_NOISE, noise_tail=OWN_NOISE_TAIL
+        beliefs, priors={**beliefs.priors, **own}, noise=OWN_NOISE, noise_tail=OWN_NOISE_TAIL
     )
 
 
@@ -317,6 +319,7 @@ class Score(NamedTuple):
 
 
 FOLDS: Final = 8
+LEAST_Z: Final = 1e-6  # what fell nowhere still has a scale
 COMPANY: Final = 4.0  # devices: a runtime seen on so many is half judged by them and half by all
 
 
@@ -333,7 +336,7 @@ class Spread(msgspec.Struct, frozen=True):
     def learned(scores: Sequence[Score], level: float) -> Spread:
         if not scores:  # nobody was held out: as of a normal distribution
             return Spread(NormalDist().inv_cdf((1 + level) / 2))
-        z = np.array([score.z for score in scores])
+        z = np.array([max(score.z, LEAST_Z) for score in scores])
         capped = np.minimum(z, 3 * np.sort(z)[len(z) // 2])  # one row that is wholly off must not widen its runtime
         usual = float(capped.mean())
         scale = {runtime: _scale(scores, capped, runtime, usual) for runtime in {score.runtime for score in scores}}

@@ -6,6 +6,7 @@ predicted in one call. docs/planner.md says how each figure is made.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -227,7 +228,7 @@ class _Planner:
     def _streamed(self, option: Option) -> float:
         asked = option.asked
         ways = self._site.ways(asked.part, asked.runtime)
-        cache = asked.outline.kv_values_read(ways.static_cache or asked.context) * ways.kv_bits / 8
+        cache = asked.outline.kv_values_read(max(asked.context, ways.static_cache)) * ways.kv_bits / 8
         return streamed(asked.outline, weights(asked.outline, asked.precision, ways)) + cache
 
     # Words
@@ -293,9 +294,8 @@ class _Planner:
         if fits is False and room.available is not None:
             short = chosen.memory.need - room.available
             found.append(f"{_gib(short)} more memory for it")
-            if chosen.memory.kv >= short and self._wish.context > 1:
-                per_token = chosen.memory.kv / self._wish.context
-                found.append(f"a context of about {max(1, int(self._wish.context - short / per_token))} tokens")
+            if context := self._longest_context(chosen, room.available):
+                found.append(f"a context of {context} tokens")
             smaller = [p for p in self._named(_way(chosen)) if p is not None and p.body >= FINE_BITS]
             for option in self._options([_way(chosen)], [self._outline], lambda _: smaller):
                 if option.fits(room):
@@ -305,6 +305,13 @@ class _Planner:
             factor = self._wish.tok_s / chosen.decode.value
             found.append(f"{factor:.2g} times the speed for the wanted {self._wish.tok_s:g} tok/s")
         return found
+
+    def _longest_context(self, chosen: Option, available: int) -> int:
+        """The most tokens of context that fit; 0 where not even one does."""
+        contexts = range(1, self._wish.context)
+        return bisect_right(
+            contexts, available, key=lambda n: self._memory_of(msgspec.structs.replace(chosen.asked, context=n)).need
+        )
 
     def _assumed(self, chosen: Option) -> list[str]:
         machine = self._site.machine(chosen.asked.part, chosen.asked.runtime)

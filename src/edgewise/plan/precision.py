@@ -101,11 +101,11 @@ def precision(name: str) -> Precision:
 
 def published(text: str) -> Precision | None:
     """The precision that the free text of a published row means; None if it says nothing that we know."""
-    plain = text.lower()
+    plain = re.sub(r"_k - ([sml])[a-z]+", r"_k_\1", text.lower())  # llama.cpp says "Q4_K - Medium"
     names = [name for name in PRECISIONS if "_" in name and name in plain]
     if names:
         return PRECISIONS[max(names, key=len)]
-    if bits := re.search(r"(\d+(?:\.\d+)?) ?(?:bpw|bits? per weight)", plain):
+    if bits := re.search(r"(?<!\d)(\d+(?:\.\d+)?) ?(?:bpw|bits? per weight)", plain):
         width = float(bits[1])
         return Precision(bits[0], width, width, width) if 1 <= width <= 32 else None
     return next((PRECISIONS[name] for pattern, name in SPELLINGS if re.search(pattern, plain)), None)

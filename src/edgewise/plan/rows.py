@@ -52,8 +52,9 @@ COLUMNS: Final = (
     "peak_bw_gb_s",
 )
 SIZE_LIMIT: Final = 16 << 20  # bytes
-NUMBER_LIMIT: Final = 1e7
+NUMBER_LIMIT: Final = 1e7  # and as far below 1
 FIELD_LIMIT: Final = 10_000  # characters
+UNPRINTABLE: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")  # what no SVG may hold
 DISTRUST: Final = "do not fit"  # a note that says so keeps its row from teaching anything
 
 
@@ -132,6 +133,11 @@ class _Line:
         if len(fields) != len(header):
             raise UsageError(f"{self._place}: it has {len(fields)} fields, the first line names {len(header)}")
         self._fields = dict(zip(header, fields, strict=True))
+        for column, text in self._fields.items():
+            if len(text) > FIELD_LIMIT:
+                raise self._wrong(column, f"has {len(text)} characters, at most {FIELD_LIMIT} are read")
+            if found := UNPRINTABLE.search(text):
+                raise self._wrong(column, f"holds the character {found[0]!r}")
 
     def row(self) -> Row:
         made = Row(
@@ -160,8 +166,8 @@ class _Line:
 
     def _word(self, column: str) -> str:
         text = self._fields[column].strip()
-        if not text or len(text) > FIELD_LIMIT:
-            raise self._wrong(column, "is empty" if not text else f"has {len(text)} characters")
+        if not text:
+            raise self._wrong(column, "is empty")
         return text
 
     def _basis(self) -> Basis:
@@ -179,10 +185,9 @@ class _Line:
             number = float(text)
         except ValueError:
             number = math.nan
-        if not 0 < number < NUMBER_LIMIT:
-            raise self._wrong(
-                column, f"is {text[:40]!r}; nothing, or a number between 0 and {NUMBER_LIMIT:g} is needed"
-            )
+        if not 1 / NUMBER_LIMIT < number < NUMBER_LIMIT:
+            allowed = f"a number between {1 / NUMBER_LIMIT:g} and {NUMBER_LIMIT:g}"
+            raise self._wrong(column, f"is {text[:40]!r}; nothing, or {allowed} is needed")
         return number
 
     def _wrong(self, column: str, what: str) -> UsageError:

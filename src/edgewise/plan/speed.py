@@ -252,7 +252,7 @@ def situation(
     """A model at a precision (None: as its file has it) on a machine. `context` is how many tokens stand before the one
     that is timed, `weight_bytes` what it reads of the weights, if that is known better than we can tell."""
     ways = runtime_of(runtime, machine.unit)
-    positions = ways.static_cache or context
+    positions = max(context, ways.static_cache)
     if weight_bytes is None:
         weight_bytes = streamed(outline, weights(outline, precision, ways))
     cache = outline.kv_values_read(positions) * ways.kv_bits / 8

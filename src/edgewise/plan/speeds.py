@@ -23,7 +23,9 @@ SIZE_LIMIT: Final = 16 << 20  # bytes
 DIGITS: Final = 7
 
 Finite = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
-Index = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+Effect = Annotated[float, msgspec.Meta(ge=-50, le=50)]  # a logarithm
+EFFECTS_LIMIT: Final = 2000  # the precision has the square of it
+Index = Annotated[int, msgspec.Meta(ge=0, lt=EFFECTS_LIMIT)]
 
 
 class Fitted(msgspec.Struct, frozen=True):
@@ -55,7 +57,7 @@ class Fitted(msgspec.Struct, frozen=True):
         found = observations(rows, machines, self.target)
         if not found:
             return self
-        own = fit.of_own_rows(self.beliefs)
+        own = fit.of_own_rows(self.beliefs, self.target, found)
         problem = Problem(self.target, own, found, self.posterior)
         return msgspec.structs.replace(self, beliefs=own, posterior=problem.solve(problem.everything))
 
@@ -126,9 +128,9 @@ class _Version(msgspec.Struct):
 class _Fitted(msgspec.Struct, forbid_unknown_fields=True):
     """`precision` holds the entries of the lower triangle that are not 0: row, column, value."""
 
-    effects: dict[str, Finite]
+    effects: Annotated[dict[str, Effect], msgspec.Meta(max_length=EFFECTS_LIMIT)]
     precision: list[tuple[Index, Index, Finite]]
-    scores: Annotated[list[tuple[str, str, Annotated[float, msgspec.Meta(ge=0, le=1e6)]]], msgspec.Meta(min_length=1)]
+    scores: list[tuple[str, str, Annotated[float, msgspec.Meta(ge=0, le=1e6)]]]
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
