@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from edgewise.errors import Unreachable
 from edgewise.models.download import ALIASES, packaged
 from gemma import gemma_gguf as fetched_gemma
+
+hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("house")
 
 CACHE = Path(__file__).parents[1] / ".cache"
 

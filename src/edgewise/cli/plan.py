@@ -99,7 +99,7 @@ def plan(
         )
         outline = described(model, settings.home)
         site = _site(device, known, settings, memory=memory, bandwidth=bandwidth, fresh=fresh, own=bool(measured))
-        speeds = _refined(shipped(), site, measured or [], model)
+        speeds = _refined(shipped(), site, measured or [])
         found = make(outline, site, speeds, wish)
         result(found.as_json(), _text(found), as_json=json)
 
@@ -129,7 +129,7 @@ def _site(
     return ThisMachine(measured_host(settings.home, fresh=fresh), memory_gib=memory)
 
 
-def _refined(speeds: Speeds, site: Site, files: list[Path], model: str) -> Speeds:
+def _refined(speeds: Speeds, site: Site, files: list[Path]) -> Speeds:
     """The fitted speeds after what was measured on that device."""
     from edgewise.plan import measured
 

@@ -163,6 +163,8 @@ def _llama_bench(found: _Measurement) -> Iterator[Row]:
         test = msgspec.convert({**found.settings, **result}, _Test)
         prompt, answer, depth = (int(number or 0) for number in shape.groups())
         speed = test.median or test.mean
+        if speed is None:
+            continue
         on_gpu = test.n_gpu_layers > 0 and test.backends not in CPU_BACKENDS
         yield Row(
             device="",
