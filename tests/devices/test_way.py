@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from edgewise.devices import link
-from edgewise.devices.link import is_loopback, measure
+from edgewise.devices.address import is_loopback
+from edgewise.devices.link import measure
 from edgewise.engines.fake import FakeGenerator
 from edgewise.errors import ConfigError, RemoteBroken, RemoteError, RemoteTimeout, Unreachable
+from edgewise.serve.exchange import Limits
 from edgewise.serve.link import MOST
 from served import Served
 
@@ -140,3 +142,11 @@ def test_bytes_are_given_and_taken_within_bounds() -> None:
                 urllib.request.urlopen(at + wrong)
             with caught.value as answer:  # which holds its connection
                 assert answer.code == 400, wrong
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(at, method="PUT"))
+        with caught.value as answer:
+            assert answer.code == 405
+        with served.connect() as client:  # refused by its length, before its bytes
+            client.sendall(b"POST /edgewise/bytes HTTP/1.1\r\nhost: x\r\n")
+            client.sendall(b"content-length: %d\r\n\r\n" % (Limits().body_bytes + 1))
+            assert client.recv(100).startswith(b"HTTP/1.1 413")

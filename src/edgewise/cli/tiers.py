@@ -75,7 +75,7 @@ def listen(
     settings: Settings, open_it: Callable[[Settings], Generator], *, route: Route, wishes: tuple[str, ...]
 ) -> None:
     """Serve the generator that `open_it` makes until a signal comes. `wishes` are model names that ask for a tier."""
-    from edgewise.devices.link import is_loopback
+    from edgewise.devices.address import is_loopback
     from edgewise.joint.cascade import Cascade
     from edgewise.serve.app import create_app
     from edgewise.serve.exchange import Limits

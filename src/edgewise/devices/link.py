@@ -7,7 +7,6 @@ in. What cannot be measured is unknown, and says why.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 import httpx2
 import msgspec
 
+from edgewise.devices.address import is_loopback
 from edgewise.devices.reading import Reading, reading
 from edgewise.errors import ConfigError, RemoteBroken, RemoteError, RemoteTimeout, Unreachable
 
@@ -78,14 +78,6 @@ def measure(url: str, key: str | None = None) -> Link:
         connections = [_connected(root, key) for _ in range(CONNECTS)]
         with _client(root, key) as client:
             return _measured(_Way(client, root), connections)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name in an address means our own machine; a proxy has no way there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _root(url: str) -> str:

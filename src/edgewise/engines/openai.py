@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 
-from edgewise.devices.link import is_loopback
+from edgewise.devices.address import is_loopback
 from edgewise.engines.answer import Stopwatch, check_request
 from edgewise.engines.base import ALL_SAMPLING, Capabilities
 from edgewise.errors import (

@@ -124,10 +124,6 @@ class Outline:
         own = self.seen(length)[: self.layers - self.kv_shared_layers]
         return 2 * self.kv_heads * self.head_dim * sum(own)
 
-    def kv_values_per_position(self, length: int) -> float:
-        """The same for one position of that context; windows make it less the longer the context is."""
-        return self.kv_values(length) / length
-
     def kv_values_read(self, length: int) -> int:
         """Numbers of keys and values that computing one token reads: a shared layer reads what another keeps."""
         return 2 * self.kv_heads * self.head_dim * sum(self.seen(length))

@@ -17,6 +17,7 @@ import importlib
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def load(model: Path, room: Room, variant: str) -> OpenVINO:
     return OneStream(model, room) if room.streams == 1 else Streams(model, room)
 
 
-class OpenVINO:
+class OpenVINO(ABC):
     """What is alike for one stream and for several."""
 
     def __init__(self, model: Path, room: Room) -> None:
@@ -63,8 +64,8 @@ class OpenVINO:
         self._scheduler.enable_prefix_caching = False
         self._scheduler.max_num_seqs = room.streams
 
-    def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[Answer]:
-        raise NotImplementedError
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[Answer]: ...
 
     def greedy(self, prompt: Sequence[int], new: int) -> list[int] | None:
         return None
