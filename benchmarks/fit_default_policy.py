@@ -22,8 +22,8 @@ import numpy as np
 from edgewise.bench.measure import Measurement, typed
 from edgewise.engines.base import Generator
 from edgewise.engines.load import open_generator
-from edgewise.joint import signals
-from edgewise.joint.policy import Fitted, Policy
+from edgewise.joint.policy import Fitted, Forecast, Model, Pair, Policy
+from edgewise.joint.signals.evidence import Evidence
 from edgewise.settings import Settings
 from edgewise.types import Message, Request
 
@@ -74,26 +74,30 @@ async def confidences(edge: Generator, prompt: str, max_tokens: int, policy: Pol
     chunks = [chunk async for chunk in edge.generate(request)]
     tokens = [token for chunk in chunks for token in chunk.tokens]
     text = "".join(chunk.text for chunk in chunks)
-    at_end = policy.judge(signals.of_text(tokens, text, chunks[-1].finish_reason))
+    logprobs, judge = [token.logprob for token in tokens], policy.whole.judge
+    at_end = judge.judge(Evidence(prompt, text=text, logprobs=logprobs, finish_reason=chunks[-1].finish_reason))
     assert at_end is not None, f"{edge.name} gives no log-probabilities"
-    if len(tokens) <= policy.early.tokens:
-        return at_end, None
-    return at_end, policy.judge(signals.of_text(tokens[: policy.early.tokens], "", None))
+    assert policy.early is not None
+    at_start = judge.judge(Evidence(prompt, logprobs=logprobs[: policy.early.tokens]))
+    return at_end.worth, at_start.worth if at_start and len(tokens) > policy.early.tokens else None
 
 
 def fitted(
     whole: Sequence[float], early: Sequence[float], options: argparse.Namespace, prompts: Sequence[str]
 ) -> Policy:
     policy = Policy.default()
+    assert policy.early is not None
+    margin = 1.96 * (options.escalate * (1 - options.escalate) / len(whole)) ** 0.5
+    low, high = max(options.escalate - margin, 0.0), min(options.escalate + margin, 1.0)
     return msgspec.structs.replace(
         policy,
+        pair=Pair(Model(Path(options.edge).name, None), None),
         whole=msgspec.structs.replace(policy.whole, threshold=cut(whole, options.escalate)),
         early=msgspec.structs.replace(policy.early, threshold=cut(early, options.escalate)),
         fitted=Fitted(
-            edge=Path(options.edge).name,
-            prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-            prompts=len(prompts),
-            escalate_share=options.escalate,
+            data_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            rows=len(prompts),
+            escalation=Forecast(options.escalate, round(low, 4), round(high, 4)),
         ),
     )
 

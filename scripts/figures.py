@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "planner.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "planner.md", "joint.md"))
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -221,6 +221,33 @@ def breaker(measurement: Measurement) -> Rows:
     yield [f"first hard request, deadline {first['deadline_ms']:g} ms: {first['route']}", f"{first['took_ms']:.0f}"]
 
 
+JOINT_TARGETS = {  # what was aimed at, by line
+    "mmlu, prompt": "APGR .70, CPT 25 and 58 %",
+    "gsm8k, prompt": "APGR .64",
+    "gsm8k, answer": "APGR .75",
+    "emotion, Qwen 1.8B to Mistral 7B": "APGR .93, better than the cloud alone",
+    "emotion, Llama 7B to 13B": "APGR .82",
+    "math500, 30 % budget": "cloud - 1 point at 30 %",
+}
+
+
+def joint(measurement: Measurement) -> Rows:
+    yield [
+        *("replay", "labels", "APGR", "baseline", "CPT 50", "CPT 80", "AUROC, over best signal"),
+        *("calibration error over its floor", "escalated", "accuracy over the cloud's", "aimed at"),
+    ]
+    for name, row in measurement["results"].items():
+        mean, spread = row["mean"], row["deviation"]
+        apgr = "-" if mean["apgr"] is None else f"{mean['apgr']:.3f} ± {spread['apgr']:.3f}"
+        shares = ["-" if mean[key] is None else f"{mean[key]:.1%}" for key in ("cpt50", "cpt80")]
+        yield [
+            *(name, str(row["labels"]), apgr, "-" if mean["baseline_apgr"] is None else f"{mean['baseline_apgr']:.3f}"),
+            *(*shares, f"{mean['auroc']:.3f}, {mean['auroc_over_best_signal']:+.3f}"),
+            *(f"{mean['ece_over_floor']:+.3f}", f"{mean['escalated']:.1%}", f"{mean['accuracy_over_cloud']:+.3f}"),
+            JOINT_TARGETS[name],
+        ]
+
+
 TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "engines": ("engines", engines),
     "engines_targets": ("engines", targets),
@@ -236,6 +263,7 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "block_size": ("block_size", block_size),
     "node": ("node", node),
     "breaker": ("breaker", breaker),
+    "joint": ("joint", joint),
 }
 
 

@@ -17,9 +17,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "edgewise"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FITTING = PACKAGE / "joint" / "fit"  # imported by nothing but `edgewise calibrate`
 HEAVY = (
     "onnxruntime",
     "onnx",
+    "sklearn",
+    "scipy",
     "torch",
     "transformers",
     "starlette",
@@ -88,7 +91,8 @@ def test_the_contract_names_every_room() -> None:
 
 
 def test_every_declared_dependency_is_imported_and_every_import_declared() -> None:
-    modules = {name.partition(".")[0] for file in PACKAGE.rglob("*.py") for name in imports(file)}
+    files = [file for file in PACKAGE.rglob("*.py") if file.parent != FITTING]
+    modules = {name.partition(".")[0] for file in files for name in imports(file)}
     outside = modules - set(sys.stdlib_module_names) - {"edgewise", "__future__"}
     owners = packages_distributions()
     used = {canonicalize_name(dist) for module in outside for dist in owners.get(module, [module])}
@@ -96,9 +100,14 @@ def test_every_declared_dependency_is_imported_and_every_import_declared() -> No
 
 
 def test_an_extra_has_one_home() -> None:
-    """bench/peers/ runs other engines as their users do; it is not a home."""
+    """bench/peers/ runs other engines as their users do; it is not a home. What fits policies has a directory."""
     files = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "peers"]
-    for needs in PROJECT["project"]["optional-dependencies"].values():
+    extras = PROJECT["project"]["optional-dependencies"]
+    owners = packages_distributions()
+    used = {name.partition(".")[0] for file in FITTING.glob("*.py") for name in imports(file)}
+    outside = {canonicalize_name(owners[name][0]) for name in used if name in owners} - {"edgewise", "numpy", "msgspec"}
+    assert outside == {Requirement(need).name for need in extras["calibrate"]}
+    for needs in (needs for extra, needs in extras.items() if extra != "calibrate"):
         for need in needs:
             name = Requirement(need).name
             homes = [p for p in files if re.search(rf'import_module\("{name}[".]', p.read_text())]

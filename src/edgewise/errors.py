@@ -5,6 +5,7 @@
     │   └── ConfigError         a key of edgewise.toml or an environment variable
     ├── RequestError            one request cannot be served as written
     │   ├── UnsupportedField    a field or a value of one that is not served
+    │   ├── Forbidden           a privacy rule keeps it on this device, and it asks for the cloud
     │   ├── ContextFull         prompt + answer exceed the model's context
     │   └── UnknownModel        no bundle, engine or route has that name
     ├── ModelError              a model cannot be used
@@ -64,6 +65,18 @@ class RequestError(EdgewiseError):
 
 class UnsupportedField(RequestError):
     """A field, or a value of one, that would have to be ignored: it is refused instead."""
+
+
+class Forbidden(RequestError):
+    """The request asks for the cloud, and the privacy rule `rule` forbids that it leaves this device."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(
+            f"the privacy rule {rule!r} keeps this request on the device, and it asks for the cloud",
+            param="route",
+            hint="ask for the route edge or auto",
+        )
+        self.rule = rule
 
 
 class ContextFull(RequestError):

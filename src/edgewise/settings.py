@@ -142,6 +142,13 @@ class RouteSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivacySettings:
+    """What must not leave this machine."""
+
+    rules: Path | None = _setting(None, _path, "a file of rules; requests that meet one stay here", "--privacy")
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """Where `serve` and `cloud` listen."""
 
@@ -165,6 +172,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     cloud: CloudSettings = field(default_factory=CloudSettings)
     route: RouteSettings = field(default_factory=RouteSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     serve: ServeSettings = field(default_factory=ServeSettings)
 
 

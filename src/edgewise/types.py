@@ -74,6 +74,7 @@ class Request:
     route: Wish = "auto"
     deadline_ms: float | None = None  # counted from the call of generate()
     ignore_eos: bool = False  # benchmarks need an exact number of tokens
+    stay: str | None = None  # the privacy rule by which it must not leave this device
     hops: int = 0  # nodes that it came through; tiers that ask each other in a circle are found by it
 
     @property
@@ -82,6 +83,13 @@ class Request:
         if self.prompt_ids is not None:
             return "prompt_ids"
         return "messages" if self.prompt is None else "prompt"
+
+    @property
+    def asked(self) -> str | None:
+        """What the user said last, or the text to go on from; None for token ids."""
+        if self.prompt_field == "messages":
+            return next((message.content for message in reversed(self.messages) if message.role == "user"), None)
+        return self.prompt
 
 
 @dataclass(frozen=True, slots=True)

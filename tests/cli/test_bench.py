@@ -33,7 +33,7 @@ def test_a_report_a_measurement_and_a_drawing(cli: Cli, model: Path, tmp_path: P
         assert row["failed"] is None
     assert report["model"] == "tiny.gguf"
     assert set(cell["ratio_to_best"]) == set(UNITS)
-    assert cell["ratio_to_best"]["decode_tok_s"]["best"] == "llamacpp"
+    assert cell["ratio_to_best"]["decode_tok_s"]["best"].startswith("llamacpp")  # which variant is a matter of luck
     assert set(cell["limits"]["share"]) == set(cell["engines"])
 
     measured = Measurement.read(out / "engines.json")

@@ -3,17 +3,32 @@ import math
 import re
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgewise.errors import ConfigError
-from edgewise.joint import signals
 from edgewise.joint.core import Reason
-from edgewise.joint.policy import Confidence, Policy
+from edgewise.joint.judge import SignalsJudge
+from edgewise.joint.policy import Fitted, Forecast, Guarantee, Model, Pair, Policy
+from edgewise.joint.signals.evidence import NAMES, Evidence
+from edgewise.joint.signals.text import LOOK
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/formats/policy.md").read_text()
 GOOD = json.loads(Policy.default().to_json())
+FORMAT_1 = {
+    "format": 1,
+    "confidence": {"weights": {"mean_logprob": 1.0}, "bias": 0.5, "link": "exp"},
+    "gates": ["parse_ok"],
+    "whole": {"threshold": 0.58},
+    "early": {"threshold": 0.5, "tokens": 16, "max_wait_ms": 1500},
+    "edge": {"first_token_ms": 10000, "deadline_share": 0.5},
+    "cloud": {"first_token_ms": 8000, "stall_ms": 8000, "total_ms": 60000, "margin_ms": 50, "patience_ms": 500},
+    "deadline_ms": None,
+    "fitted": {"edge": "e", "prompts_sha256": "0" * 64, "prompts": 3, "escalate_share": 0.5},
+}
 
 
 def changed(**keys: object) -> bytes:
@@ -28,15 +43,16 @@ def changed(**keys: object) -> bytes:
     return json.dumps(data).encode()
 
 
-def test_the_document_shows_a_policy_and_names_every_signal_and_reason():
+def test_the_document_shows_a_policy_and_names_every_signal_reason_and_key():
     example = re.search(r"```json\n(.*?)```", DOCUMENT, re.S).group(1)
     Policy.parse(example.encode())
-    for word in (*signals.TEXT_SIGNALS, *signals.LOGITS_SIGNALS, *Reason):
-        assert f"`{word}`" in DOCUMENT
+    signals = [name for name in NAMES if not name.startswith(("prompt_", "answer_"))]
+    for word in (*signals, *LOOK, *Reason):
+        assert f"`{word}`" in DOCUMENT, word
     for part, value in GOOD.items():
         names = [f"{part}.{key}" for key in value] if part in ("whole", "early", "edge", "cloud") else [part]
         for name in names:
-            assert f"`{name}`" in DOCUMENT
+            assert f"`{name}`" in DOCUMENT, name
 
 
 def test_it_comes_back_from_json_as_it_was():
@@ -46,13 +62,34 @@ def test_it_comes_back_from_json_as_it_was():
     assert len(policy.to_json()) < 4096
 
 
+def test_the_format_before_is_read():
+    policy = Policy.parse(json.dumps(FORMAT_1).encode())
+    assert policy.format == 2
+    assert policy.whole.judge == SignalsJudge({"mean_logprob": 1.0}, 0.5, "exp", ("parse_ok",))
+    assert (policy.whole.threshold, policy.early.threshold, policy.early.judge) == (0.58, 0.5, None)
+    assert Policy.parse(policy.to_json()) == policy
+    with pytest.raises(ConfigError, match="surprise"):
+        Policy.parse(json.dumps(FORMAT_1 | {"surprise": 1}).encode())
+
+
+def test_what_it_was_fitted_on_comes_back():
+    guarantee = Guarantee("drop", 0.05, 0.1, 60, 0.04)
+    fitted = Fitted("0" * 64, 100, Forecast(0.3, 0.2, 0.4), guarantee, "AAECAwQFBgcICQoL")
+    pair = Pair(Model("small", "1" * 64), None)
+    policy = msgspec.structs.replace(Policy.default(), fitted=fitted, pair=pair)
+    assert Policy.parse(policy.to_json()) == policy
+    assert policy.fitted.saw() == {bytes(range(6)), bytes(range(6, 12))}
+    assert policy.with_threshold(0.5).fitted is None  # nothing is proven of a threshold that somebody typed
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
         (b"", "not a policy"),
         (b"[]", "not a policy"),
         (b"\xff\xfe", "not a policy"),
-        (b'{"format": 2, "new": 1}', "has format 2; this version reads 1"),
+        (b'{"format": 3, "new": 1}', "has format 3; this version reads 2 and 1"),
+        (b'{"format": 0}', "has format 0"),
         (b"{}", "format"),
         (changed(surprise=1), "surprise"),
         (changed(early__token=1), "token"),
@@ -64,15 +101,19 @@ def test_it_comes_back_from_json_as_it_was():
         (changed(cloud__total_ms=math.inf), "not a policy"),
         (changed(cloud__stall_ms=0), "cloud.stall_ms"),
         (changed(edge__deadline_share=1), "edge.deadline_share"),
-        (changed(confidence__link="magic"), "confidence.link"),
-        (changed(confidence__weights={"mood": 1}), "mood"),
-        (changed(confidence__weights={}), "no signal"),
-        (changed(confidence__bias=None), "confidence.bias"),
-        (changed(gates=["mean_logprob"]), "mean_logprob"),
+        (changed(whole__judge__kind="magic"), "magic"),
+        (changed(whole__judge__link="magic"), "whole.judge.link"),
+        (changed(whole__judge__weights={"mood": 1}), "mood"),
+        (changed(whole__judge__weights={}), "no signal"),
+        (changed(whole__judge__bias=None), "whole.judge.bias"),
+        (changed(whole__judge__gates=["mean_logprob"]), "mean_logprob"),
         (changed(deadline_ms=-1), "deadline_ms"),
-        (changed(fitted={"edge": "e", "prompts_sha256": "12", "prompts": 3, "escalate_share": 0.5}), "prompts_sha256"),
+        (changed(fitted__data_sha256="12"), "fitted.data_sha256"),
+        (changed(fitted__rows=0), "fitted.rows"),
+        (changed(fitted__seen="AAAA"), "6 bytes"),
+        (changed(fitted__seen="no base64!"), "base64"),
         (b"[" * 4000, "not a policy"),
-        (b" " * 4097, "at most 4096"),
+        (b" " * ((4 << 20) + 1), "more than 4194304 bytes"),
         (b'{"format": 1e999}', "not a policy"),
     ],
 )
@@ -102,7 +143,7 @@ def test_files(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         Policy.open(tmp_path)
     path.write_bytes(b" " * 10_000_000)
-    with pytest.raises(ConfigError, match="at most 4096"):
+    with pytest.raises(ConfigError, match="more than"):
         Policy.open(path)
     path.write_bytes(Policy.threshold(0.25).to_json())
     assert Policy.open(path).whole.threshold == 0.25
@@ -115,40 +156,12 @@ def test_a_threshold_is_a_share(threshold):
 
 
 def test_confidence_is_the_geometric_mean_probability():
-    read = signals.of_text([], "x", "stop") | {"mean_logprob": math.log(0.5)}
-    assert Policy.default().judge(read) == pytest.approx(0.5)
+    evidence = Evidence(text="x", logprobs=[math.log(0.25), 0.0], finish_reason="stop")
+    judgement = Policy.default().whole.judge.judge(evidence)
+    assert judgement.confidence == judgement.worth == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("link", "score", "value"),
-    [
-        ("exp", 1e308, 1.0),
-        ("exp", -1e308, 0.0),
-        ("logistic", 0.0, 0.5),
-        ("logistic", 2.0, 1 / (1 + math.exp(-2))),
-        ("logistic", -1e308, 0.0),
-        ("logistic", -math.inf, 0.0),
-        ("identity", 0.3, 0.3),
-        ("identity", 7.0, 1.0),
-        ("identity", -7.0, 0.0),
-    ],
-)
-def test_links(link, score, value):
-    confidence = Confidence(weights={"max_softmax": 1.0}, bias=0.0, link=link)
-    assert confidence.of({"max_softmax": score}) == pytest.approx(value)
-
-
-def test_weights_add_up_and_missing_evidence_is_no_confidence():
-    confidence = Confidence(weights={"mean_logprob": 2.0, "min_logprob": 0.5}, bias=1.0, link="logistic")
-    assert confidence.of({"mean_logprob": -1.0, "min_logprob": -2.0}) == pytest.approx(1 / (1 + math.exp(2)))
-    assert confidence.of({"mean_logprob": -1.0, "min_logprob": None}) is None
-    assert confidence.of({"mean_logprob": -1.0}) is None
-    infinities = Confidence(weights={"mean_logprob": 1.0, "min_logprob": -1.0}, bias=0.0, link="exp")
-    assert infinities.of({"mean_logprob": -math.inf, "min_logprob": -math.inf}) is None
-
-
-def test_a_failed_gate_is_confidence_zero_and_no_evidence_fails_none():
-    policy = Policy.default()
-    sure = {"mean_logprob": -0.01}
-    assert policy.judge(sure | {"parse_ok": 0.0}) == 0.0
-    assert policy.judge(sure | {"parse_ok": None}) == pytest.approx(math.exp(-0.01))
+def test_softmax_is_for_networks_that_do_not_stream():
+    policy = Policy.softmax(0.8)
+    assert policy.early is None
+    assert policy.whole.judge.judge(Evidence(logits=np.log([0.9, 0.1]))).worth == pytest.approx(0.9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -207,7 +208,10 @@ def test_garbage_instead_of_http(served: Served, garbage: bytes) -> None:
     with served.connect() as connection:
         connection.sendall(garbage)
         connection.shutdown(1)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        answer = b""
+        with suppress(ConnectionResetError):  # where the server closes while some of the garbage is still under way
+            while piece := connection.recv(65536):
+                answer += piece
     assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404", b"HTTP/1.1 505"))
     still_serves(served)
 

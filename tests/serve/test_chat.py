@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -34,6 +35,7 @@ from edgewise.errors import (
 )
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.cascade import Cascade
+from edgewise.joint.privacy import Rules
 from edgewise.serve.errors import failure_of
 from edgewise.serve.exchange import Limits
 from edgewise.types import Chunk, Decision, Message, Request, Token
@@ -614,3 +616,32 @@ def test_bad_hops_are_refused(serve: Serve, hops: str) -> None:
     answer = httpx2.post(f"{served.url}/v1/chat/completions", json=body, headers={"x-edgewise-hops": hops})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "x-edgewise-hops"
+
+
+def test_privacy_rules_by_header_path_and_model(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "rules.toml").write_text(
+        "format = 1\n[[rule]]\nname = 'tenant'\nheader = 'X-Tenant'\nvalue = 'clinic-.*'\n"
+        "[[rule]]\nname = 'old'\nroute = '/v1/completions'\n[[rule]]\nname = 'here'\nmodel = 'maker/model:q4'\n"
+        "[[rule]]\nname = 'word'\npattern = 'secret'\n"
+    )
+    rules = Rules.open(tmp_path / "rules.toml")
+    far = FakeGenerator(Script.of("from afar", -0.1))
+    served = serve(Cascade(FakeGenerator(Script.of("from here", -3.0)), far, rules=rules), rules=rules)
+    chat = {"model": "auto", "messages": [{"role": "user", "content": "Hi"}]}
+    private = [
+        ("chat/completions", chat, {"x-tenant": "clinic-7"}),
+        ("chat/completions", chat | {"model": "maker/model:q4"}, {}),
+        ("chat/completions", chat | {"messages": [{"role": "user", "content": "a SECRET"}]}, {}),
+        ("completions", {"model": "auto", "prompt": "Hi"}, {}),
+    ]
+    with httpx2.Client(trust_env=False) as http:
+        for path, body, headers in private:
+            for stream in (False, True):
+                answer = http.post(f"{served.url}/v1/{path}", json=body | {"stream": stream}, headers=headers)
+                assert answer.headers["x-edgewise-reason"] == "private", (path, stream)
+                assert "here" in answer.text
+            refused = http.post(f"{served.url}/v1/{path}", json=body, headers=headers | {"x-edgewise-route": "cloud"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "privacy_rule")
+        assert far.requests == []
+        assert http.post(f"{served.url}/v1/chat/completions", json=chat).headers["x-edgewise-route"] == "cloud"
+        assert "SECRET" not in http.get(f"{served.url}/metrics").text

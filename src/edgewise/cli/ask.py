@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from edgewise.cli.options import Cloud, CloudKeyEnv, Config, Debug, Edge, Json, Mode, Policy, Runtime, Threshold, flags
+from edgewise.cli.options import (
+    Cloud,
+    CloudKeyEnv,
+    Config,
+    Debug,
+    Edge,
+    Json,
+    Mode,
+    Policy,
+    Privacy,
+    Runtime,
+    Threshold,
+    flags,
+)
 from edgewise.cli.output import note, result
 from edgewise.errors import UsageError
 from edgewise.settings import load
@@ -30,6 +43,7 @@ def ask(
     cloud_key_env: CloudKeyEnv = None,
     threshold: Threshold = None,
     policy: Policy = None,
+    privacy: Privacy = None,
     runtime: Runtime = None,
     mode: Mode = None,
     route: Annotated[Literal["auto", "edge", "cloud"], typer.Option(help="which tier is to answer")] = "auto",
@@ -62,6 +76,7 @@ def ask(
             cloud_key_env=cloud_key_env,
             threshold=threshold,
             policy=policy,
+            privacy=privacy,
             runtime=runtime,
             mode=mode,
         ),

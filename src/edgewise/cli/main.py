@@ -17,6 +17,7 @@ from edgewise.cli import (
     ask,
     bench,
     bench_import,
+    calibrate,
     cloud,
     config,
     devices,
@@ -25,6 +26,7 @@ from edgewise.cli import (
     plan,
     profile,
     pull,
+    replay,
     rm,
     serve,
     show,
@@ -63,6 +65,8 @@ app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
 app.command("cloud")(cloud.cloud)
 app.command("profile")(profile.profile)
+app.command("calibrate")(calibrate.calibrate)
+app.command("replay")(replay.replay)
 app.command("plan")(plan.plan)
 app.command("devices")(devices.devices)
 app.command("doctor")(doctor.doctor)

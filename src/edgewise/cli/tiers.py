@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgewise.engines.base import Generator
     from edgewise.joint.cascade import Cascade
     from edgewise.joint.policy import Policy
+    from edgewise.joint.privacy import Rules
     from edgewise.models.bundle import Bundle
     from edgewise.settings import RouteSettings, Settings
     from edgewise.types import Route, Wish
@@ -60,7 +61,12 @@ def open_cascade(settings: Settings) -> Cascade:
     from edgewise.engines.openai import OpenAI
     from edgewise.joint.cascade import Cascade
 
-    policy = _policy(settings.route)
+    policy, rules = _policy(settings.route), _rules(settings)
+    if rules is not None and _is_elsewhere(settings.model.name):
+        raise UsageError(
+            "there are privacy rules, and the edge is an address of another machine: nothing could stay on this one",
+            hint="name a bundle with --edge, or drop --privacy",
+        )
     key = secret(settings.cloud.key_env, "--cloud-key-env")
     url = settings.cloud.url
     cloud = (
@@ -68,7 +74,7 @@ def open_cascade(settings: Settings) -> Cascade:
         if url is None
         else OpenAI(url, model=settings.cloud.model, key=key, answer_timeout_s=settings.cloud.answer_s)
     )
-    return Cascade(open_model(settings), cloud, policy)
+    return Cascade(open_model(settings), cloud, policy, rules=rules)
 
 
 def listen(
@@ -93,6 +99,7 @@ def listen(
         key=key,
         limits=Limits(choices=settings.serve.choices, send_s=settings.serve.send_s),
         breaker=generator.breaker if isinstance(generator, Cascade) else None,
+        rules=generator.rules if isinstance(generator, Cascade) else None,
     )
     run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s)
 
@@ -112,6 +119,20 @@ def _policy(route: RouteSettings) -> Policy:
     if route.policy is not None:
         return Policy.open(route.policy)
     return Policy.default() if route.threshold is None else Policy.threshold(route.threshold)
+
+
+def _is_elsewhere(name: str) -> bool:
+    from urllib.parse import urlsplit
+
+    from edgewise.devices.address import is_loopback
+
+    return name.lower().startswith(("http://", "https://")) and not is_loopback(urlsplit(name).hostname or "")
+
+
+def _rules(settings: Settings) -> Rules | None:
+    from edgewise.joint.privacy import Rules
+
+    return None if settings.privacy.rules is None else Rules.open(settings.privacy.rules)
 
 
 def _pull_default(settings: Settings) -> None:

@@ -18,16 +18,18 @@ from edgewise.errors import (
     DeadlineExceeded,
     EdgewiseError,
     EngineError,
+    Forbidden,
     RemoteBroken,
     RemoteError,
     RemoteTimeout,
     RequestError,
     Unreachable,
 )
-from edgewise.joint import signals
 from edgewise.joint.breaker import Breaker
-from edgewise.joint.core import Case, Core, Stats, Verdict, verdict
+from edgewise.joint.core import Case, Core, Reason, Stats, Verdict, verdict
 from edgewise.joint.policy import Policy
+from edgewise.joint.privacy import Rules
+from edgewise.joint.signals.evidence import Evidence
 from edgewise.types import Chunk, Decision, Request, Timings, Wish
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
@@ -41,11 +43,19 @@ class _Tiers(Generic[Tier]):
 
     def __init__(self, edge: Tier, cloud: Tier | None, policy: Policy, breaker: Breaker | None, name: str) -> None:
         self.name = name
-        self.policy = policy
         self.breaker = breaker or Breaker()
         self._edge: Tier = edge
         self._cloud: Tier | None = cloud
-        self._core = Core(self.policy, self.breaker)
+        self._core = Core(policy, self.breaker)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of requests from now on; those under way keep theirs. Assigning swaps it."""
+        return self._core.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._core.policy = policy
 
     @property
     def stats(self) -> Stats:
@@ -65,7 +75,8 @@ class Cascade(_Tiers[Generator]):
 
     Whole answers are judged when they are whole. Streamed ones (`request.stream`) are judged by their first tokens,
     which are held back for that; what was sent is never taken back. A cloud that dies after its text was sent is a
-    RemoteError from the iterator, which says how much was sent. The edge's tokens carry log-probabilities wherever it
+    RemoteError from the iterator, which says how much was sent. `rules` say which requests must not leave the edge;
+    Forbidden if such a one asks for the cloud. The edge's tokens carry log-probabilities wherever it
     has them, whether or not the request asked. The cascade owns its tiers: `close` closes them.
     """
 
@@ -77,8 +88,10 @@ class Cascade(_Tiers[Generator]):
         breaker: Breaker | None = None,
         *,
         name: str = "auto",
+        rules: Rules | None = None,
     ) -> None:
         super().__init__(edge, cloud, policy or Policy.default(), breaker, name)
+        self.rules = rules
         self.can = edge.can if cloud is None else _both(edge.can, cloud.can)
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
@@ -105,17 +118,25 @@ class Cascade(_Tiers[Generator]):
                 raise _cut_short(error, sent) from error
 
     def _case(self, request: Request, arrived: float) -> Case[Chunk]:
-        deadline_ms = self.policy.deadline_ms if request.deadline_ms is None else request.deadline_ms
+        """Where a rule keeps the request here, there is no cloud in its case: nothing could be sent by any path."""
+        rule = request.stay or (None if self.rules is None else self.rules.of_request(request))
+        if rule is not None and request.route == "cloud":
+            raise Forbidden(rule)
+        request = replace(request, stay=rule)  # an edge that has tiers of its own must know it too
+        cloud = None if rule is not None else self._cloud
+        policy = self.policy
+        deadline_ms = policy.deadline_ms if request.deadline_ms is None else request.deadline_ms
         return Case(
             edge=partial(self._ask_edge, request),
-            cloud=None if self._cloud is None else partial(self._ask_cloud, self._cloud, request),
-            judge=self._judge,
-            enough=self._enough,
+            cloud=None if cloud is None else partial(self._ask_cloud, cloud, request),
+            judge=partial(_judge_text, policy, request),
+            enough=partial(_enough, policy),
             speaks=lambda chunk: bool(chunk.text) or _is_last(chunk),
             ends=_is_last,
             stream=request.stream,
             wish=request.route,
             deadline=None if deadline_ms is None else arrived + deadline_ms / 1000,
+            no_cloud=Reason.NO_CLOUD if rule is None else Reason.PRIVATE,
         )
 
     def _ask_edge(self, request: Request) -> AsyncIterator[Chunk]:
@@ -126,15 +147,6 @@ class Cascade(_Tiers[Generator]):
     def _ask_cloud(self, cloud: Generator, request: Request, left_s: float | None) -> AsyncIterator[Chunk]:
         asked = replace(request, route="auto", deadline_ms=None if left_s is None else left_s * 1000)
         return _whole(cloud.generate(asked), RemoteBroken(f"{cloud.name} broke off its answer"))
-
-    def _judge(self, chunks: Sequence[Chunk], whole: bool) -> Verdict:
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        ended = chunks[-1].finish_reason if whole and chunks else None
-        read = signals.of_text(tokens, "".join(chunk.text for chunk in chunks), ended)
-        return verdict(self.policy, read, (self.policy.whole if whole else self.policy.early).threshold)
-
-    def _enough(self, chunks: Sequence[Chunk]) -> bool:
-        return sum(len(chunk.tokens) for chunk in chunks) >= self.policy.early.tokens
 
 
 class PredictorCascade(_Tiers[Predictor]):
@@ -159,7 +171,8 @@ class PredictorCascade(_Tiers[Predictor]):
         self, inputs: Tensors, *, wish: Wish = "auto", deadline_ms: float | None = None
     ) -> tuple[Tensors, Decision]:
         """`predict`, and by which route the answer came. RequestError for a deadline that is not above 0."""
-        deadline_ms = self.policy.deadline_ms if deadline_ms is None else deadline_ms
+        policy = self.policy
+        deadline_ms = policy.deadline_ms if deadline_ms is None else deadline_ms
         if deadline_ms is not None and not deadline_ms > 0:
             raise RequestError(f"deadline_ms is {deadline_ms}, allowed is above 0", param="deadline_ms")
         now = asyncio.get_running_loop().time()
@@ -168,7 +181,7 @@ class PredictorCascade(_Tiers[Predictor]):
             Case(
                 edge=lambda: _once(self._edge, inputs),
                 cloud=None if cloud is None else lambda _: _once(cloud, inputs),
-                judge=self._judge,
+                judge=partial(_judge_tensors, policy),
                 enough=bool,
                 speaks=lambda _: True,
                 ends=lambda _: True,
@@ -178,10 +191,33 @@ class PredictorCascade(_Tiers[Predictor]):
             )
         )
 
-    def _judge(self, answers: Sequence[Tensors], whole: bool) -> Verdict:
-        logits = answers[0].get("logits")
-        read = {} if logits is None else signals.of_logits(logits)
-        return verdict(self.policy, read, self.policy.whole.threshold)
+
+def _judge_text(policy: Policy, request: Request, chunks: Sequence[Chunk], whole: bool) -> Verdict:
+    """Of a whole answer, or of its beginning. A policy without early decisions waits for the whole, as long as the
+    request lets it."""
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    evidence = Evidence(
+        prompt=request.asked,
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=[token.logprob for token in tokens],
+        tokens=tokens,
+        finish_reason=chunks[-1].finish_reason if whole and chunks else None,
+    )
+    if whole:
+        return verdict(policy.whole.judge, evidence, policy.whole.threshold)
+    if policy.early is None:
+        return Verdict(None, Reason.EDGE_SLOW)
+    return verdict(policy.early.judge or policy.whole.judge, evidence, policy.early.threshold)
+
+
+def _enough(policy: Policy, chunks: Sequence[Chunk]) -> bool:
+    return policy.early is not None and sum(len(chunk.tokens) for chunk in chunks) >= policy.early.tokens
+
+
+def _judge_tensors(policy: Policy, answers: Sequence[Tensors], whole: bool) -> Verdict:
+    logits = answers[0].get("logits")
+    evidence = Evidence(logits=None if logits is None else np.asarray(logits, np.float64))
+    return verdict(policy.whole.judge, evidence, policy.whole.threshold)
 
 
 def _as_seen(timings: Timings | None, first_s: float | None, total_s: float) -> Timings | None:

@@ -32,8 +32,9 @@ from edgewise.errors import (
     UsageError,
 )
 from edgewise.joint.breaker import Breaker, Ticket
+from edgewise.joint.judge import Judge
 from edgewise.joint.policy import Policy
-from edgewise.joint.signals import Signals
+from edgewise.joint.signals.evidence import Evidence
 from edgewise.types import Decision, Route, Wish
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Reason(StrEnum):
     EDGE_SLOW = "edge_slow"
     EDGE_FAILED = "edge_failed"
     NO_CLOUD = "no_cloud"
+    PRIVATE = "private"
     BREAKER_OPEN = "breaker_open"
     DEADLINE = "deadline"
     CLOUD_UNREACHABLE = "cloud_unreachable"
@@ -83,6 +85,7 @@ class Case(Generic[T]):
     stream: bool  # decide early, and hand items on as they come
     wish: Wish
     deadline: float | None
+    no_cloud: Reason = Reason.NO_CLOUD  # why there is none, where there is none
 
 
 @dataclass(slots=True)
@@ -297,7 +300,8 @@ class Course(Generic[T]):
         latest = self._started + limits.deadline_share * (self._end - self._started)
         await feed.until(lambda: bool(feed.items), min(latest, self._started + limits.first_token_ms / 1000))
         if case.stream and feed.items and self._may_ask():
-            hold_until = feed.moved_at + self._policy.early.max_wait_ms / 1000
+            early = self._policy.early
+            hold_until = math.inf if early is None else feed.moved_at + early.max_wait_ms / 1000
             await feed.until(lambda: case.enough(feed.items), min(latest, hold_until))
         elif feed.items and not case.stream:
             await feed.until(lambda: False, latest)
@@ -384,7 +388,7 @@ class Course(Generic[T]):
         """Call the cloud and wait until it can be handed on. None if it can, else why not."""
         core, case = self._core, self._case
         if case.cloud is None:
-            return Reason.NO_CLOUD, None
+            return case.no_cloud, None
         self._asked_at = self._loop.time()
         until = self._end - self._policy.cloud.margin_ms / 1000
         if self._asked_at >= until:
@@ -468,14 +472,14 @@ class Course(Generic[T]):
         return bool(self._cloud and self._cloud.items) or had_ms < self._policy.cloud.patience_ms
 
 
-def verdict(policy: Policy, signals: Signals, threshold: float) -> Verdict:
-    """What these signals are worth under the policy; strictly above the threshold is confident."""
-    confidence = policy.judge(signals)
-    if policy.fails_gate(signals):
-        return Verdict(confidence, Reason.MALFORMED)
-    if confidence is None:
+def verdict(judge: Judge, evidence: Evidence, threshold: float) -> Verdict:
+    """What this evidence is worth to the judge; strictly above the threshold is confident."""
+    if judge.fails_gate(evidence):
+        return Verdict(0.0, Reason.MALFORMED)
+    judgement = judge.judge(evidence)
+    if judgement is None:
         return Verdict(None, Reason.NO_EVIDENCE)
-    return Verdict(confidence, Reason.CONFIDENT if confidence > threshold else Reason.UNSURE)
+    return Verdict(judgement.confidence, Reason.CONFIDENT if judgement.worth > threshold else Reason.UNSURE)
 
 
 def reason_of(error: Exception) -> Reason:

@@ -17,11 +17,10 @@ import numpy as np
 
 from edgewise.engines.base import Capabilities, Generator, Predictor
 from edgewise.errors import EngineError, RemoteBroken, UsageError
-from edgewise.joint import signals
 from edgewise.joint.breaker import Breaker, BreakerSettings
 from edgewise.joint.core import Case, Core, Stats, Verdict, verdict
 from edgewise.joint.policy import Policy
-from edgewise.joint.signals import Signals
+from edgewise.joint.signals.evidence import Evidence
 from edgewise.types import Message, Request, Route
 
 T = TypeVar("T")
@@ -43,10 +42,10 @@ class CloudClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a tier returned, untouched, and how to read the signals off it, which is done for the edge alone."""
+    """What a tier returned, untouched, and how to read the evidence off it, which is done for the edge alone."""
 
     output: Any
-    read: Callable[[], Signals]
+    read: Callable[[], Evidence]
 
 
 _Answers = AsyncGenerator[_Answer]  # one, or none from a cloud that says that it is not available
@@ -112,7 +111,7 @@ class JointInference:
 
 
 def _judge(policy: Policy, answers: Sequence[_Answer], whole: bool) -> Verdict:
-    return verdict(policy, answers[0].read(), policy.whole.threshold)
+    return verdict(policy.whole.judge, answers[0].read(), policy.whole.threshold)
 
 
 def _with_timeout(policy: Policy, timeout_ms: float) -> Policy:
@@ -199,11 +198,13 @@ async def _from_generator(generator: Generator, prompt: Any) -> _Answers:
         raise EngineError(f"{generator.name} broke off its answer")
     text = "".join(chunk.text for chunk in chunks)
     tokens = [token for chunk in chunks for token in chunk.tokens]
-    yield _Answer(text, partial(signals.of_text, tokens, text, chunks[-1].finish_reason))
+    logprobs = [token.logprob for token in tokens]
+    ending = chunks[-1].finish_reason
+    yield _Answer(text, partial(Evidence, prompt, None, text, logprobs, tokens, ending))
 
 
-def _read_logits(output: Any) -> Signals:
-    """Signals of a model's output, by what it can do and not by its library, which is never imported."""
+def _read_logits(output: Any) -> Evidence:
+    """The evidence of a model's output, by what it can do and not by its library, which is never imported."""
     found: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if hasattr(found, "detach"):  # a torch tensor: off its graph and device, and bfloat16 is nothing to numpy
         found = found.detach().cpu().float()
@@ -216,7 +217,7 @@ def _read_logits(output: Any) -> Signals:
             f"the edge model returned a {type(output).__name__} without logits",
             hint='return an array [..., classes], an object with `.logits`, or a mapping with "logits"',
         )
-    return signals.of_logits(logits)
+    return Evidence(logits=logits)
 
 
 # Threads

@@ -4,89 +4,57 @@ docs/formats/policy.md is the format."""
 
 from __future__ import annotations
 
-import math
+import base64
+import binascii
 from functools import cache
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
 from edgewise.errors import ConfigError
-from edgewise.joint.signals import GATES, LOGITS_SIGNALS, TEXT_SIGNALS, Signals
+from edgewise.joint.judge import Judge, Judgement, Part, SignalsJudge
+from edgewise.joint.replay import SEEN_BYTES
+from edgewise.joint.signals.evidence import Evidence
 
-FORMAT: Final = 1
-SIZE_LIMIT: Final = 4096  # bytes
+FORMAT: Final = 2
+SIZE_LIMIT: Final = 4 << 20  # bytes; one without tables has less than 4096
 DEFAULT_FILE: Final = Path(__file__).with_name("default_policy.json")
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 InnerShare = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Millis = Annotated[float, Meta(gt=0.0, le=3_600_000.0)]
-Link = Literal["exp", "logistic", "identity"]
+Risk = Literal["drop", "wrong"]
+Count = Annotated[int, Meta(ge=1)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every part of a policy: frozen, and no key that we do not know."""
-
-
-class Confidence(_Part, frozen=True):
-    """Signals in, a number 0..1 out: link(bias + sum of weight · signal)."""
-
-    weights: dict[str, float]
-    bias: float
-    link: Link
-
-    def __post_init__(self) -> None:
-        known = [*TEXT_SIGNALS, *LOGITS_SIGNALS]
-        unknown = sorted(set(self.weights) - set(known))
-        if unknown or not self.weights:
-            raise ValueError(f"`weights` names {unknown or 'no signal'}; allowed are {known}")
-        if not all(math.isfinite(number) for number in (self.bias, *self.weights.values())):
-            raise ValueError("`weights` and `bias` must be finite numbers")
-
-    def of(self, signals: Signals) -> float | None:
-        """None where a signal that counts is missing."""
-        score = self.bias
-        for name, weight in self.weights.items():
-            value = signals.get(name)
-            if value is None:
-                return None
-            score += weight * value
-        return None if math.isnan(score) else _cut(self._linked(score))
-
-    def _linked(self, score: float) -> float:
-        match self.link:
-            case "exp":
-                return math.exp(min(score, 0.0))  # above 0 it is cut to 1 anyway, and must not overflow
-            case "logistic":
-                return 1.0 / (1.0 + math.exp(-score)) if score >= -700.0 else 0.0
-            case "identity":
-                return score
-
-
-class Whole(_Part, frozen=True):
-    """When a whole answer stays on the edge: confidence strictly above."""
+class Whole(Part, frozen=True):
+    """When a whole answer stays on the edge: worth strictly above."""
 
     threshold: Share
+    judge: Judge
 
 
-class Early(_Part, frozen=True):
-    """When a streamed answer does, judged by its first tokens."""
+class Early(Part, frozen=True):
+    """When a streamed answer does, judged by its first tokens; with no judge of its own, by that of whole answers."""
 
     threshold: Share
     tokens: Annotated[int, Meta(ge=1, le=256)]
     max_wait_ms: Millis
+    judge: Judge | None
 
 
-class EdgePatience(_Part, frozen=True):
+class EdgePatience(Part, frozen=True):
     """How long the edge may take before the cloud is asked beside it."""
 
     first_token_ms: Millis
     deadline_share: InnerShare
 
 
-class CloudPatience(_Part, frozen=True):
+class CloudPatience(Part, frozen=True):
     """How long the cloud may take before the edge answers alone."""
 
     first_token_ms: Millis
@@ -96,39 +64,73 @@ class CloudPatience(_Part, frozen=True):
     patience_ms: Millis
 
 
-class Fitted(_Part, frozen=True):
-    """What the thresholds were fitted on."""
+class Model(Part, frozen=True):
+    """One of the two models; `sha256` of what says all of it (a bundle's manifest), null where that is not known."""
 
-    edge: str
-    prompts_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-    prompts: Annotated[int, Meta(ge=1)]
-    escalate_share: Share
+    name: str
+    sha256: Sha256 | None
 
 
-class Policy(_Part, frozen=True):
+class Pair(Part, frozen=True):
+    """The models that a policy was fitted for."""
+
+    edge: Model
+    cloud: Model | None
+
+
+class Guarantee(Part, frozen=True):
+    """With probability 1 - delta over the rows that set the threshold, the risk is at most `target`; `bound` is what
+    those `n` rows prove of it."""
+
+    risk: Risk
+    target: InnerShare
+    delta: InnerShare
+    n: Count
+    bound: Share
+
+
+class Forecast(Part, frozen=True):
+    """A share of requests, with the interval in which it lies at 95 %."""
+
+    value: Share
+    low: Share
+    high: Share
+
+
+class Fitted(Part, frozen=True):
+    """What the thresholds were fitted on. `seen` is the base64 of the rows' fingerprints."""
+
+    data_sha256: Sha256
+    rows: Count
+    escalation: Forecast
+    guarantee: Guarantee | None = None
+    seen: str = ""
+
+    def __post_init__(self) -> None:
+        if len(_bytes(self.seen)) % SEEN_BYTES:
+            raise ValueError(f"`seen` must hold {SEEN_BYTES} bytes for each row")
+
+    def saw(self) -> set[bytes]:
+        """The fingerprints of the rows."""
+        raw = _bytes(self.seen)
+        return {raw[start : start + SEEN_BYTES] for start in range(0, len(raw), SEEN_BYTES)}
+
+
+class Policy(Part, frozen=True):
     """One policy; equal files make equal values."""
 
     format: int
-    confidence: Confidence
-    gates: tuple[str, ...]
+    pair: Pair | None
     whole: Whole
-    early: Early
+    early: Early | None
     edge: EdgePatience
     cloud: CloudPatience
     deadline_ms: Millis | None
     fitted: Fitted | None
 
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.gates) - set(GATES))
-        if unknown:
-            raise ValueError(f"`gates` names {unknown}; allowed are {list(GATES)}")
-
-    def judge(self, signals: Signals) -> float | None:
-        """Confidence 0..1 of an answer with these signals; None without evidence."""
-        return 0.0 if self.fails_gate(signals) else self.confidence.of(signals)
-
-    def fails_gate(self, signals: Signals) -> bool:
-        return any(signals.get(gate) == 0.0 for gate in self.gates)
+    def judge(self, evidence: Evidence) -> Judgement | None:
+        """Of a whole answer; None without evidence."""
+        return self.whole.judge.judge(evidence)
 
     def with_threshold(self, threshold: float) -> Self:
         """The same policy with one threshold for whole answers and early decisions. ConfigError outside 0..1."""
@@ -137,10 +139,11 @@ class Policy(_Part, frozen=True):
                 f"the confidence threshold is {threshold!r}; allowed are numbers from 0 (nearly all stays on the edge) "
                 "to 1 (nothing does)",
             )
+        early = self.early
         return msgspec.structs.replace(
             self,
-            whole=Whole(threshold=float(threshold)),
-            early=msgspec.structs.replace(self.early, threshold=float(threshold)),
+            whole=msgspec.structs.replace(self.whole, threshold=float(threshold)),
+            early=None if early is None else msgspec.structs.replace(early, threshold=float(threshold)),
             fitted=None,
         )
 
@@ -149,15 +152,20 @@ class Policy(_Part, frozen=True):
 
     @staticmethod
     def parse(data: bytes, *, origin: str = "the policy") -> Policy:
-        """Read the format's JSON. ConfigError for anything else, naming the key."""
+        """Read the format's JSON, this version's or the one before. ConfigError for anything else, naming the key."""
         if len(data) > SIZE_LIMIT:
-            raise ConfigError(f"{origin} has {len(data)} bytes; a policy has at most {SIZE_LIMIT}", hint=_SEE)
+            raise ConfigError(f"{origin} has more than {SIZE_LIMIT} bytes, which no policy has", hint=_SEE)
         try:
             version = msgspec.json.decode(data, type=_Versioned).format
+            if version == FORMAT - 1:
+                return msgspec.json.decode(data, type=_Format1).policy()
             if version != FORMAT:
-                raise ConfigError(f"{origin} has format {version}; this version reads {FORMAT}", hint=_SEE)
+                raise ConfigError(
+                    f"{origin} has format {version}; this version reads {FORMAT} and {FORMAT - 1}",
+                    hint="`edgewise calibrate` makes a new one",
+                )
             return msgspec.json.decode(data, type=Policy)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise ConfigError(f"{origin} is not a policy: {error}", hint=_SEE) from error
 
     @staticmethod
@@ -172,20 +180,21 @@ class Policy(_Part, frozen=True):
 
     @staticmethod
     def default() -> Policy:
-        """The policy that ships with the package, fitted for the demo's edge model (`fitted.edge`); another
-        edge escalates another share."""
+        """The policy that ships with the package, fitted for the demo's edge model (`pair.edge`); another edge
+        escalates another share."""
         return _default()
 
     @staticmethod
     def threshold(threshold: float) -> Policy:
         """The default policy with the user's own threshold."""
-        return _default().with_threshold(threshold)
+        return msgspec.structs.replace(_default().with_threshold(threshold), pair=None)
 
     @staticmethod
     def softmax(threshold: float) -> Policy:
         """For networks with logits: the confidence is the greatest softmax probability."""
-        confidence = Confidence(weights={"max_softmax": 1.0}, bias=0.0, link="identity")
-        return msgspec.structs.replace(_default().with_threshold(threshold), confidence=confidence)
+        judge = SignalsJudge(weights={"max_softmax": 1.0}, bias=0.0, link="identity")
+        basis = Policy.threshold(threshold)
+        return msgspec.structs.replace(basis, whole=msgspec.structs.replace(basis.whole, judge=judge), early=None)
 
 
 class _Versioned(msgspec.Struct):
@@ -194,13 +203,53 @@ class _Versioned(msgspec.Struct):
     format: int
 
 
+class _Cut(Part, frozen=True):
+    threshold: Share
+
+
+class _EarlyCut(Part, frozen=True):
+    threshold: Share
+    tokens: Annotated[int, Meta(ge=1, le=256)]
+    max_wait_ms: Millis
+
+
+class _Line(Part, frozen=True):
+    weights: dict[str, float]
+    bias: float
+    link: Literal["exp", "logistic", "identity"]
+
+
+class _Format1(Part, frozen=True):
+    """The version before: one judge for both decisions, and `fitted` without what is needed to leave rows out."""
+
+    format: int
+    confidence: _Line
+    gates: tuple[str, ...]
+    whole: _Cut
+    early: _EarlyCut
+    edge: EdgePatience
+    cloud: CloudPatience
+    deadline_ms: Millis | None
+    fitted: dict[str, Any] | None
+
+    def policy(self) -> Policy:
+        line = self.confidence
+        judge = SignalsJudge(line.weights, line.bias, line.link, self.gates)
+        early = Early(self.early.threshold, self.early.tokens, self.early.max_wait_ms, None)
+        whole = Whole(self.whole.threshold, judge)
+        return Policy(FORMAT, None, whole, early, self.edge, self.cloud, self.deadline_ms, None)
+
+
 _SEE = "docs/formats/policy.md says what a policy holds; `--threshold T` needs none"
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"`seen` is not base64: {error}") from error
 
 
 @cache
 def _default() -> Policy:
     return Policy.open(DEFAULT_FILE)
-
-
-def _cut(value: float) -> float:
-    return min(max(value, 0.0), 1.0)

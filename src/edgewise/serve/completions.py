@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from edgewise.engines.base import Generator
 from edgewise.errors import DeadlineExceeded, EngineError, Overloaded, RequestError, UnknownModel
+from edgewise.joint.privacy import Rules
 from edgewise.serve.choices import Indexed, closing, interleaved, total
 from edgewise.serve.errors import failure_of
 from edgewise.serve.exchange import (
@@ -80,6 +81,7 @@ class Node:
     limits: Limits
     metrics: Metrics
     fingerprint: str
+    rules: Rules | None = None
 
 
 class Crowd:
@@ -134,9 +136,15 @@ class Completions:
             route=self._route(http.headers, body.model),
             deadline_ms=read_deadline_ms(http.headers, limits.deadline_ms),
             hops=read_hops(http.headers, limits.hops),
+            stay=self._rule(http, body.model),
         )
         answer = self._stream(body, requests, exchange) if body.stream else self._whole(body, requests, exchange)
         await until_left(http.receive, exchange, answer)
+
+    def _rule(self, http: HttpRequest, model: str) -> str | None:
+        """The privacy rule that this call meets by how it came."""
+        rules = self._node.rules
+        return None if rules is None else rules.of_call(http.url.path, model, http.headers)
 
     def _route(self, headers: Headers, model: str) -> Wish:
         """The header decides, else the model's name; either must be one that is served here."""

@@ -19,6 +19,7 @@ from edgewise.errors import (
     DeadlineExceeded,
     EdgewiseError,
     EngineClosed,
+    Forbidden,
     Overloaded,
     RemoteBroken,
     RemoteRefused,
@@ -38,6 +39,7 @@ MOST_RETRY_AFTER_S = 120  # openai-python does not retry at all if it should wai
 # First match counts; what is not here is a 500.
 STATUS: Final[tuple[tuple[type[EdgewiseError], int, str | None], ...]] = (
     (ContextFull, 400, "context_length_exceeded"),
+    (Forbidden, 403, "privacy_rule"),
     (UnsupportedField, 400, "unsupported_parameter"),
     (UnknownModel, 404, "model_not_found"),
     (RequestError, 400, None),

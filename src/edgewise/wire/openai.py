@@ -128,7 +128,9 @@ class Body(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True)
         """What goes before the text of this choice."""
         return ""
 
-    def _request(self, limit: int | None, *, route: Wish, deadline_ms: float | None, hops: int) -> Request:
+    def _request(
+        self, limit: int | None, *, route: Wish, deadline_ms: float | None, hops: int, stay: str | None
+    ) -> Request:
         """The same wish in our own terms, all but its prompt. Where the body is silent, `types` has the defaults."""
         return Request(
             sampling=self._sampling(),
@@ -139,6 +141,7 @@ class Body(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True)
             deadline_ms=deadline_ms,
             ignore_eos=bool(self.ignore_eos),
             hops=hops,
+            stay=stay,
         )
 
     def _sampling(self) -> Sampling:
@@ -187,11 +190,13 @@ class ChatBody(Body):
     verbosity: _Refused = None
     web_search_options: _Refused = None
 
-    def requests(self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0) -> tuple[Request, ...]:
+    def requests(
+        self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0, stay: str | None = None
+    ) -> tuple[Request, ...]:
         """One for each choice, in the order of their indexes."""
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         request = replace(
-            self._request(limit, route=route, deadline_ms=deadline_ms, hops=hops),
+            self._request(limit, route=route, deadline_ms=deadline_ms, hops=hops, stay=stay),
             messages=tuple(turn.message() for turn in self.messages),
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
@@ -225,11 +230,13 @@ class TextBody(Body):
         prompt = self.prompts[index // self.choices]
         return prompt if self.echo and isinstance(prompt, str) else ""
 
-    def requests(self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0) -> tuple[Request, ...]:
+    def requests(
+        self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0, stay: str | None = None
+    ) -> tuple[Request, ...]:
         """One for each choice of each prompt, in the order of their indexes."""
         limit = TEXT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         request = replace(
-            self._request(limit, route=route, deadline_ms=deadline_ms, hops=hops),
+            self._request(limit, route=route, deadline_ms=deadline_ms, hops=hops, stay=stay),
             logprobs=self.logprobs is not None,
             top_logprobs=self.logprobs or 0,
         )

@@ -1,0 +1,125 @@
+"""What a decision may look at: one request and the edge's answer to it, and nothing of the truth.
+
+A signal that cannot be read is None: no evidence, which is not 0. Each kind of signal is read when the first of its
+names is asked for, so a policy pays for what it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from edgewise.joint.signals.answer import (
+    ENDED_SIGNALS,
+    LOGPROB_SIGNALS,
+    TOP_SIGNALS,
+    of_alternatives,
+    of_ending,
+    of_logprobs,
+)
+from edgewise.joint.signals.logits import LOGITS_SIGNALS, class_logprobs, of_logits, top_class
+from edgewise.joint.signals.sums import SUMS, of_sums
+from edgewise.joint.signals.text import LOOK, Reading
+from edgewise.types import FinishReason, Token
+
+Signals = Mapping[str, float | None]
+
+PROMPT_SIGNALS: Final = tuple(f"prompt_{name}" for name in LOOK)
+NOT_ALWAYS: Final = frozenset({"last_fraction", "last_known", "unused_numbers", "third_softmax"})  # some have none
+ANSWER_SIGNALS: Final = tuple(f"answer_{name}" for name in LOOK) + SUMS
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """`logprobs` are natural logs, one a token; `logits` are [..., classes]; `finish_reason` is None for an answer that
+    has not ended; `given` holds signals that came from elsewhere, under names of their own or instead of ours."""
+
+    prompt: str | None = None
+    group: str | None = None
+    text: str | None = None
+    logprobs: Sequence[float | None] = ()
+    tokens: Sequence[Token] = ()
+    finish_reason: FinishReason | None = None
+    logits: npt.NDArray[np.float64] | None = None
+    given: Signals = field(default_factory=dict)
+
+    def get(self, name: str) -> float | None:
+        """The signal of that name; None if it cannot be read, or if there is no such signal here."""
+        if name in self.given:
+            return self.given[name]
+        family = _FAMILIES.get(name)
+        if family is None:
+            return self._classes.get(name) if name.startswith("class_") else None
+        return family(self).get(name)
+
+    def label(self, name: str) -> str | None:
+        """What is a word and not a number: `group`, or `class`, the class that the edge chose."""
+        match name:
+            case "group":
+                return self.group
+            case "class":
+                return None if self.logits is None else top_class(self.logits)
+            case _:
+                return None
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names class_0, class_1, … that can be read here."""
+        return tuple(self._classes)
+
+    @cached_property
+    def asked(self) -> Reading | None:
+        return None if self.prompt is None else Reading(self.prompt)
+
+    @cached_property
+    def said(self) -> Reading | None:
+        """The whole answer; its beginning is judged by log-probabilities alone."""
+        return None if self.text is None or self.finish_reason is None else Reading(self.text)
+
+    @cached_property
+    def _logprobs(self) -> Signals:
+        return {**of_logprobs(self.logprobs), "tokens": float(len(self.logprobs)) if self.logprobs else None}
+
+    @cached_property
+    def _alternatives(self) -> Signals:
+        return of_alternatives(self.tokens)
+
+    @cached_property
+    def _ending(self) -> Signals:
+        return {} if self.text is None else of_ending(self.text, self.finish_reason)
+
+    @cached_property
+    def _prompt(self) -> Signals:
+        return {} if self.asked is None else {f"prompt_{name}": value for name, value in self.asked.look().items()}
+
+    @cached_property
+    def _answer(self) -> Signals:
+        if self.said is None:
+            return {}
+        look = {f"answer_{name}": value for name, value in self.said.look().items()}
+        return {**look, **of_sums("" if self.asked is None else self.asked.text, self.said.text)}
+
+    @cached_property
+    def _logits(self) -> Signals:
+        return {} if self.logits is None else of_logits(self.logits)
+
+    @cached_property
+    def _classes(self) -> Signals:
+        return {} if self.logits is None else class_logprobs(self.logits)
+
+
+_KINDS: Final[Sequence[tuple[Sequence[str], Callable[[Evidence], Signals]]]] = (
+    ((*LOGPROB_SIGNALS, "tokens"), lambda evidence: evidence._logprobs),
+    (TOP_SIGNALS, lambda evidence: evidence._alternatives),
+    (ENDED_SIGNALS, lambda evidence: evidence._ending),
+    (PROMPT_SIGNALS, lambda evidence: evidence._prompt),
+    (ANSWER_SIGNALS, lambda evidence: evidence._answer),
+    (LOGITS_SIGNALS, lambda evidence: evidence._logits),
+)
+_FAMILIES: Final = {name: read for names, read in _KINDS for name in names}
+NAMES: Final = tuple(_FAMILIES)  # all but class_0, class_1, … and those that are given

@@ -1,0 +1,87 @@
+"""Signals of a classifier: one set of numbers for a row, or for a batch that goes one way as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+LOGITS_SIGNALS: Final = (
+    "max_softmax",
+    "log_odds",
+    "log_margin",
+    "margin",
+    "entropy",
+    "energy",
+    "second_softmax",
+    "third_softmax",
+)
+LOG_CUT: Final = 20.0  # logs of shares are cut off here
+CLASSES_LISTED: Final = 32  # up to so many classes, each one's log-probability is a signal too
+
+
+def of_logits(logits: npt.ArrayLike) -> Mapping[str, float | None]:
+    """Signals of logits [..., classes], each taken from the row that is least confident in it; of fewer than three
+    classes there is no third. Nothing at all for fewer than two classes, no rows, NaN or +inf; -inf is a class that
+    cannot be. `log_odds` is that of the greatest probability against all others, `log_margin` that against the second,
+    both cut off at LOG_CUT. `energy` is the log of the sum of the exponents (Liu et al. 2020, without its sign),
+    in the logits' own unit."""
+    values = np.asarray(logits, dtype=np.float64)
+    if values.ndim == 0 or values.shape[-1] < 2 or values.size == 0:
+        return dict.fromkeys(LOGITS_SIGNALS)
+    rows = values.reshape(-1, values.shape[-1])
+    best = rows.max(axis=1, keepdims=True)
+    if not np.isfinite(best).all():  # NaN or +inf somewhere in a row, or -inf everywhere
+        return dict.fromkeys(LOGITS_SIGNALS)
+    powers = np.exp(rows - best)
+    total = powers.sum(axis=1, keepdims=True)
+    shares = powers / total
+    count = min(3, shares.shape[1])
+    top = np.partition(shares, -count, axis=1)[:, -count:]
+    top.sort(axis=1)
+    surprise = -np.log(shares, where=shares > 0, out=np.zeros_like(shares))
+    least = float(top[:, -1].min())
+    rest = float(total.max()) - 1.0  # the exponents of all other classes, of the row with the most of them
+    with np.errstate(divide="ignore"):
+        log_margin = float((np.log(top[:, -1]) - np.log(top[:, -2])).min())
+    return {
+        "max_softmax": least,
+        "log_odds": min(-math.log(rest), LOG_CUT) if rest > 0 else LOG_CUT,
+        "log_margin": min(log_margin, LOG_CUT),
+        "margin": float((top[:, -1] - top[:, -2]).min()),
+        "entropy": float((shares * surprise).sum(axis=1).max()),
+        "energy": float((best + np.log(total)).min()),
+        "second_softmax": float(top[:, -2].max()),
+        "third_softmax": float(top[:, -3].max()) if count > 2 else None,
+    }
+
+
+def class_logprobs(logits: npt.ArrayLike) -> Mapping[str, float | None]:
+    """`class_0`, `class_1`, …: the log-probability of each class of one row, cut off at -LOG_CUT. Empty for a batch,
+    and for more than CLASSES_LISTED classes."""
+    row = np.asarray(logits, dtype=np.float64)
+    row = row[0] if row.ndim == 2 and len(row) == 1 else row
+    if row.ndim != 1 or not 2 <= len(row) <= CLASSES_LISTED or not np.isfinite(row.max()):
+        return {}
+    shifted = row - row.max()
+    logprobs = np.maximum(shifted - np.log(np.exp(shifted).sum()), -LOG_CUT)
+    return {f"class_{index}": float(value) for index, value in enumerate(logprobs)}
+
+
+def top_class(logits: npt.ArrayLike) -> str | None:
+    """The index of the most probable class as text; None for a batch."""
+    row = np.asarray(logits, dtype=np.float64)
+    row = row[0] if row.ndim == 2 and len(row) == 1 else row
+    return str(int(row.argmax())) if row.ndim == 1 and len(row) > 1 and np.isfinite(row.max()) else None
+
+
+def agreement(runs: Sequence[npt.ArrayLike]) -> float | None:
+    """The share of several runs of the edge, logits [classes] each, that vote for the class most of them vote for.
+    None for fewer than two."""
+    votes = [top_class(run) for run in runs]
+    if len(votes) < 2 or None in votes:
+        return None
+    return max(votes.count(vote) for vote in set(votes)) / len(votes)
