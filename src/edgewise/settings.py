@@ -138,7 +138,9 @@ class RouteSettings:
     threshold: float | None = _setting(
         None, _number(0, 1), "edge answers with a confidence below it go to the cloud", "--threshold"
     )
-    policy: Path | None = _setting(None, _path, "a policy file; unset: the policy that ships", "--policy")
+    policy: Path | None = _setting(
+        None, _path, "a policy file, or a directory of them; unset: the policy that ships", "--policy"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,13 +99,16 @@ def _costs(text: str) -> tuple[float, float]:
 
 
 def _pair(edge: str | None, cloud: str | None) -> Any:
+    from edgewise.cli.tiers import manifest
+    from edgewise.joint.policies import identity
     from edgewise.joint.policy import Model, Pair
+    from edgewise.settings import load
 
     if edge is None:
         if cloud is not None:
             raise UsageError("--cloud names one of two models", hint="name the edge's too: --edge BUNDLE")
         return None
-    return Pair(Model(edge, None), None if cloud is None else Model(cloud, None))
+    return Pair(identity(edge, manifest(edge, load().settings.home)), None if cloud is None else Model(cloud, None))
 
 
 def _facts(found: Calibrated) -> dict[str, Any]:

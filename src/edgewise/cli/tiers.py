@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING
 
 from edgewise.cli.output import note, progress
 from edgewise.errors import UsageError
-from edgewise.settings import DEFAULT_MODEL, secret
+from edgewise.settings import DEFAULT_MODEL, CloudSettings, secret
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgewise.engines.base import Generator
     from edgewise.joint.cascade import Cascade
+    from edgewise.joint.policies import Policies
     from edgewise.joint.policy import Policy
     from edgewise.joint.privacy import Rules
     from edgewise.models.bundle import Bundle
-    from edgewise.settings import RouteSettings, Settings
+    from edgewise.settings import Settings
     from edgewise.types import Route, Wish
+
+
+CLOUD_MODEL = CloudSettings().model  # that name says nothing of what answers
 
 
 def open_model(settings: Settings) -> Generator:
@@ -60,8 +66,9 @@ def open_cascade(settings: Settings) -> Cascade:
     """The edge, and the cloud behind it if there is one. Whoever calls this closes the cascade, which closes both."""
     from edgewise.engines.openai import OpenAI
     from edgewise.joint.cascade import Cascade
+    from edgewise.joint.policies import check
 
-    policy, rules = _policy(settings.route), _rules(settings)
+    rules = _rules(settings)
     if rules is not None and _is_elsewhere(settings.model.name):
         raise UsageError(
             "there are privacy rules, and the edge is an address of another machine: nothing could stay on this one",
@@ -74,7 +81,10 @@ def open_cascade(settings: Settings) -> Cascade:
         if url is None
         else OpenAI(url, model=settings.cloud.model, key=key, answer_timeout_s=settings.cloud.answer_s)
     )
-    return Cascade(open_model(settings), cloud, policy, rules=rules)
+    if settings.route.policy is not None:
+        check(settings.route.policy)  # before a model is pulled for nothing
+    edge = open_model(settings)
+    return Cascade(edge, cloud, _policy(settings), rules=rules)
 
 
 def listen(
@@ -113,12 +123,28 @@ async def _first_answer(generator: Generator, route: Wish) -> None:
         pass
 
 
-def _policy(route: RouteSettings) -> Policy:
-    from edgewise.joint.policy import Policy
+def _policy(settings: Settings) -> Policy | Policies:
+    from edgewise.joint.policies import Policies, identity
+    from edgewise.joint.policy import Model, Pair, Policy
 
+    route, cloud = settings.route, settings.cloud
     if route.policy is not None:
-        return Policy.open(route.policy)
+        edge = identity(settings.model.name, manifest(settings.model.name, settings.home))
+        here = Pair(edge, None if cloud.model == CLOUD_MODEL else Model(cloud.model, None))
+        return Policies(route.policy, here)
     return Policy.default() if route.threshold is None else Policy.threshold(route.threshold)
+
+
+def manifest(name: str, home: Path) -> Path | None:
+    """The manifest of the bundle of that name; None where it is no bundle, or not here."""
+    from edgewise.errors import EdgewiseError
+    from edgewise.models.bundle import MANIFEST
+    from edgewise.models.store import find
+
+    try:
+        return find(name, home, check=False).path / MANIFEST
+    except EdgewiseError:
+        return None
 
 
 def _is_elsewhere(name: str) -> bool:

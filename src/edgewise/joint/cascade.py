@@ -27,6 +27,7 @@ from edgewise.errors import (
 )
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.core import Case, Core, Reason, Stats, Verdict, verdict
+from edgewise.joint.policies import Policies
 from edgewise.joint.policy import Policy
 from edgewise.joint.privacy import Rules
 from edgewise.joint.signals.evidence import Evidence
@@ -41,21 +42,22 @@ EDGE_ALONE = "either tier may answer: ask the edge alone (route or model `edge`)
 class _Tiers(Generic[Tier]):
     """What both cascades are made of: an edge, perhaps a cloud, and the core that decides between them."""
 
-    def __init__(self, edge: Tier, cloud: Tier | None, policy: Policy, breaker: Breaker | None, name: str) -> None:
+    def __init__(
+        self, edge: Tier, cloud: Tier | None, policy: Policy | Policies, breaker: Breaker | None, name: str
+    ) -> None:
         self.name = name
         self.breaker = breaker or Breaker()
         self._edge: Tier = edge
         self._cloud: Tier | None = cloud
-        self._core = Core(policy, self.breaker)
+        self._policies = policy if isinstance(policy, Policies) else None
+        self._core = Core(policy.current() if isinstance(policy, Policies) else policy, self.breaker)
 
     @property
     def policy(self) -> Policy:
-        """The policy of requests from now on; those under way keep theirs. Assigning swaps it."""
+        """The policy of requests from now on, which may be another each time; those under way keep theirs."""
+        if self._policies is not None:
+            self._core.policy = self._policies.current()
         return self._core.policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self._core.policy = policy
 
     @property
     def stats(self) -> Stats:
@@ -84,7 +86,7 @@ class Cascade(_Tiers[Generator]):
         self,
         edge: Generator,
         cloud: Generator | None = None,
-        policy: Policy | None = None,
+        policy: Policy | Policies | None = None,
         breaker: Breaker | None = None,
         *,
         name: str = "auto",
@@ -157,7 +159,7 @@ class PredictorCascade(_Tiers[Predictor]):
         self,
         edge: Predictor,
         cloud: Predictor | None = None,
-        policy: Policy | None = None,
+        policy: Policy | Policies | None = None,
         breaker: Breaker | None = None,
         *,
         name: str = "auto",
