@@ -95,7 +95,7 @@ def test_refusals_doubts_repetition_and_limits():
     assert ended("I’m sorry, but I can't help with that.").get("refusal") == 1
     assert ended("As an AI language model, I have no opinion.").get("refusal") == 1
     assert ended("Paris. " * 40 + "I cannot say more.").get("refusal") == 0  # an excuse comes first
-    assert ended("It is 4. However, wait: it might be 5.").get("hedges") == pytest.approx(math.log1p(3))
+    assert ended("It is 4. However, wait: it might be 5.").get("answer_doubts") == pytest.approx(math.log1p(3))
     assert ended("a b c d a b c d a b c d").get("repetition") == pytest.approx(1 - 4 / 9)
     assert ended("all words are new here").get("repetition") == 0
     assert (ended("x", "length").get("truncated"), ended("x").get("truncated")) == (1, 0)

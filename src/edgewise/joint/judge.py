@@ -219,18 +219,17 @@ class Words(Part, frozen=True, dict=True):
     def add(self, evidence: Evidence, logits: Floats) -> None:
         places = buckets_of(evidence, self.of)
         if places:
-            squares, weights = self._tables
-            length = math.sqrt(float(squares[places].sum()))
-            if length > 0:
-                logits += weights[places].sum(axis=0) / length
+            *sums, squares = self._table.take(places, axis=0).sum(axis=0).tolist()
+            if squares > 0:
+                logits += np.array(sums) / math.sqrt(squares)
 
     @cached_property
-    def _tables(self) -> tuple[Floats, Floats]:
-        """For all buckets: squared rarity, weights."""
-        squares, weights = np.zeros(BUCKETS), np.zeros((BUCKETS, len(HEADS)))
-        squares[self._places] = self.rarity.values[:, 0] ** 2
-        weights[self._places] = self.weights.values
-        return squares, weights
+    def _table(self) -> Floats:
+        """For all buckets: the heads' weights, and the squared rarity."""
+        table = np.zeros((BUCKETS, len(HEADS) + 1))
+        table[self._places, :-1] = self.weights.values
+        table[self._places, -1] = self.rarity.values[:, 0] ** 2
+        return table
 
     @cached_property
     def _places(self) -> npt.NDArray[np.uint16]:

@@ -19,21 +19,18 @@ LOGPROB_SIGNALS: Final = (
     "low_decile_logprob",
 )
 TOP_SIGNALS: Final = ("mean_margin", "min_margin", "mean_entropy", "max_entropy")
-ENDED_SIGNALS: Final = ("truncated", "parse_ok", "refusal", "repetition", "hedges")
+ENDED_SIGNALS: Final = ("truncated", "parse_ok", "refusal", "repetition")
 GATES: Final = ("parse_ok",)  # those that are 1 or 0
 
 LOOP_UNIT = 100  # characters: the longest piece whose repetition counts as a loop
 LOOP_TIMES = 4
 LOOP_LENGTH = 60  # characters: a shorter tail is no loop, whatever it repeats
+LOOP_PROBE = 8
 
 REFUSAL_CHARS = 200  # a refusal comes first
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|afraid|not able)|i (?:can(?:'|no)t|do(?:n't| not) (?:know|have))"
     r"|as an? (?:ai|language model)|i(?:'m| am) not sure|unfortunately)\b"
-)
-_HEDGE = re.compile(
-    r"\b(?:however|wait|actually|mistake|assum\w*|not possible|impossible|unclear|cannot|can't|perhaps|might|unless"
-    r"|contradict\w*|error|not enough|let's try|approximately)\b"
 )
 
 
@@ -72,18 +69,13 @@ def of_alternatives(tokens: Sequence[Token]) -> Mapping[str, float | None]:
     }
 
 
-def of_ending(text: str, finish_reason: FinishReason | None) -> Mapping[str, float | None]:
-    """How a whole answer reads: yes/no signals, the share of its words that belong to a run of four said before, and
-    how many words of doubt it holds as log(1 + n). All None for an answer that has not ended."""
-    if finish_reason is None:
-        return dict.fromkeys(ENDED_SIGNALS)
-    low = text.lower().replace("’", "'")
+def of_ending(text: str, words: Sequence[str], finish_reason: FinishReason) -> Mapping[str, float | None]:
+    """How a whole answer reads: yes/no signals, and the share of its runs of four `words` that were said before."""
     return {
         "truncated": float(finish_reason == "length"),
         "parse_ok": float(reads_well(text)),
-        "refusal": float(_REFUSAL.search(low[:REFUSAL_CHARS]) is not None),
-        "repetition": _repetition(low.split()),
-        "hedges": math.log1p(len(_HEDGE.findall(low))),
+        "refusal": float(_REFUSAL.search(text[:REFUSAL_CHARS].lower().replace("’", "'")) is not None),
+        "repetition": _repetition(words),
     }
 
 
@@ -112,12 +104,14 @@ def _repetition(words: Sequence[str]) -> float:
 
 
 def _ends_in_loop(text: str) -> bool:
-    """Whether the end of the text is one piece, over and over: how a small model fails when it loses its thread."""
-    for unit in range(1, LOOP_UNIT + 1):
+    """Whether the end of the text is one piece, over and over: how a small model fails when it loses its thread. Where
+    it is, its last characters stand before, one piece earlier."""
+    end, base = text[-LOOP_PROBE:], len(text) - LOOP_PROBE
+    place = base
+    while (place := text.rfind(end, max(base - LOOP_UNIT, 0), place + LOOP_PROBE - 1)) >= 0:
+        unit = base - place
         length = max(LOOP_TIMES * unit, LOOP_LENGTH)
-        if len(text) < length:
-            return False
         tail = text[-length:]
-        if tail[unit:] == tail[:-unit]:
+        if len(text) >= length and tail[unit:] == tail[:-unit]:
             return True
     return False

@@ -50,12 +50,19 @@ class Evidence:
 
     def get(self, name: str) -> float | None:
         """The signal of that name; None if it cannot be read, or if there is no such signal here."""
-        if name in self.given:
-            return self.given[name]
-        family = _FAMILIES.get(name)
-        if family is None:
-            return self._classes.get(name) if name.startswith("class_") else None
-        return family(self).get(name)
+        known = self._known
+        if name not in known:
+            family = _FAMILIES.get(name)
+            if family is None:
+                return self._classes.get(name) if name.startswith("class_") else None
+            for other, value in family(self).items():
+                known.setdefault(other, value)
+        return known.get(name)
+
+    @cached_property
+    def _known(self) -> dict[str, float | None]:
+        """What was read so far; what is given stands for ours."""
+        return dict(self.given)
 
     def label(self, name: str) -> str | None:
         """What is a word and not a number: `group`, or `class`, the class that the edge chose."""
@@ -91,7 +98,9 @@ class Evidence:
 
     @cached_property
     def _ending(self) -> Signals:
-        return {} if self.text is None else of_ending(self.text, self.finish_reason)
+        if self.text is None or self.finish_reason is None or self.said is None:
+            return {}
+        return of_ending(self.text, self.said.words, self.finish_reason)
 
     @cached_property
     def _prompt(self) -> Signals:

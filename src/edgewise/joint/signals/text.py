@@ -28,6 +28,8 @@ _UNITS = """second minute hour day week month year inch foot feet yard mile mete
 gallon liter litre cup dozen dollar cent euro degree"""
 _NUMERALS = """one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand
 million first"""
+_DOUBTS = """however wait actually mistake mistaken assume assuming assumption impossible unclear cannot perhaps maybe
+might unless contradiction contradicts error approximately unfortunately sorry unsure"""
 _KIND: Final = {
     word: kind
     for kind, words in (
@@ -35,6 +37,7 @@ _KIND: Final = {
         ("rates", _RATES.split()),
         ("units", [form for unit in _UNITS.split() for form in (unit, unit + "s")]),
         ("numerals", _NUMERALS.split()),
+        ("doubts", _DOUBTS.split()),
     )
     for word in words
 }
@@ -87,11 +90,13 @@ class Reading:
             "rates": log1p(kinds.count("rates")),
             "units": log1p(kinds.count("units")),
             "numerals": log1p(kinds.count("numerals")),
+            "doubts": log1p(kinds.count("doubts")),
         }
 
     def buckets(self) -> list[int]:
         """The buckets 0..BUCKETS - 1 of its different words, each once."""
-        return list({bucket_of(word) for word in set(self.words)})
+        met = _buckets.get
+        return list({bucket_of(word) if (place := met(word)) is None else place for word in set(self.words)})
 
 
 def bucket_of(word: str) -> int:
