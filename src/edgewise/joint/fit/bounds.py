@@ -3,7 +3,7 @@
 `upper` is Clopper and Pearson's bound. `first_failure` is fixed-sequence testing (Angelopoulos et al. 2021, Learn then
 Test): hypotheses "the risk at this threshold is above the limit" are tested one after the other at level delta, in an
 order that the sample had no part in, and the last one rejected before the first that is not is safe with probability
-1 - delta. MAPIE offers the same tests with bounds that are looser for yes/no losses; a test compares them.
+1 - delta.
 """
 
 from __future__ import annotations
