@@ -194,9 +194,6 @@ def test_bounds_are_exact():
 def test_the_most_losses_that_prove_a_limit(count, limit, delta):
     most = bounds.most_losses(count, limit, delta)
     assert most == max((k for k in range(-1, count) if k < 0 or bounds.upper(k, count, delta) <= limit), default=-1)
-    needed = bounds.rows_needed(limit, delta)
-    assert bounds.most_losses(needed, limit, delta) == 0
-    assert bounds.most_losses(needed - 1, limit, delta) == -1
 
 
 def test_losses_along_the_thresholds():

@@ -15,9 +15,8 @@ import msgspec
 from msgspec import Meta
 
 from edgewise.errors import ConfigError
-from edgewise.joint.judge import Judge, Judgement, Part, SignalsJudge
+from edgewise.joint.judge import Judge, Part, SignalsJudge
 from edgewise.joint.replay import SEEN_BYTES
-from edgewise.joint.signals.evidence import Evidence
 
 FORMAT: Final = 2
 SIZE_LIMIT: Final = 4 << 20  # bytes; one without tables has less than 4096
@@ -127,10 +126,6 @@ class Policy(Part, frozen=True):
     cloud: CloudPatience
     deadline_ms: Millis | None
     fitted: Fitted | None
-
-    def judge(self, evidence: Evidence) -> Judgement | None:
-        """Of a whole answer; None without evidence."""
-        return self.whole.judge.judge(evidence)
 
     def with_threshold(self, threshold: float) -> Self:
         """The same policy with one threshold for whole answers and early decisions. ConfigError outside 0..1."""

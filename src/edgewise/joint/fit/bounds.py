@@ -37,11 +37,6 @@ def most_losses(count: int, limit: float, delta: float) -> int:
     return losses
 
 
-def rows_needed(limit: float, delta: float) -> int:
-    """So many rows without a single loss prove a share of at most `limit`."""
-    return int(np.ceil(np.log(delta) / np.log1p(-limit)))
-
-
 def losses_along(worth: Floats, kept: Bools, escalated: Bools) -> tuple[Floats, Ints]:
     """Thresholds at which a decision changes, the highest first (1.0: nothing is kept), and the losses at each: `kept`
     [n] says whether a row is a loss if the edge's answer is served, `escalated` [n] the same of the cloud's."""
