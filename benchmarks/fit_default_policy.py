@@ -22,7 +22,8 @@ import numpy as np
 from edgewise.bench.measure import Measurement, typed
 from edgewise.engines.base import Generator
 from edgewise.engines.load import open_generator
-from edgewise.joint.policy import Fitted, Forecast, Model, Pair, Policy
+from edgewise.joint.pair import Model, Pair
+from edgewise.joint.policy import Fitted, Forecast, Policy
 from edgewise.joint.signals.evidence import Evidence
 from edgewise.settings import Settings
 from edgewise.types import Message, Request

@@ -89,6 +89,12 @@ def _choice(*allowed: str) -> Parse:
     return parse
 
 
+def _flag(raw: str) -> bool:
+    if raw.lower() not in ("true", "false"):
+        raise ValueError("true or false is needed")
+    return raw.lower() == "true"
+
+
 def _setting(default: object, parse: Parse, about: str, *flags: str) -> Any:
     return field(default=default, metadata={"parse": parse, "about": about, "flags": flags})
 
@@ -151,6 +157,20 @@ class PrivacySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LogSettings:
+    """What `serve` writes down of the requests that it decides on; nothing of those that a privacy rule keeps here."""
+
+    file: Path | None = _setting(None, _path, "a replay to append to, which policies can be fitted on", "--log")
+    texts: bool = _setting(False, _flag, "keep prompts and answers in it, and not only numbers", "--log-texts")
+    share: float = _setting(
+        0.0,
+        _number(0, 1),
+        "share of these requests that both tiers answer, one of them unseen: 0.05 audits, 1 is shadow mode",
+        "--audit",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """Where `serve` and `cloud` listen."""
 
@@ -175,6 +195,7 @@ class Settings:
     cloud: CloudSettings = field(default_factory=CloudSettings)
     route: RouteSettings = field(default_factory=RouteSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    log: LogSettings = field(default_factory=LogSettings)
     serve: ServeSettings = field(default_factory=ServeSettings)
 
 

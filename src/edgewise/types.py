@@ -74,6 +74,7 @@ class Request:
     route: Wish = "auto"
     deadline_ms: float | None = None  # counted from the call of generate()
     ignore_eos: bool = False  # benchmarks need an exact number of tokens
+    group: str | None = None  # what kind of request it is, to a policy that knows kinds
     stay: str | None = None  # the privacy rule by which it must not leave this device
     hops: int = 0  # nodes that it came through; tiers that ask each other in a circle are found by it
 

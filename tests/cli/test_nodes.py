@@ -54,10 +54,39 @@ def test_an_edge_and_a_cloud_answer_together_and_the_edge_alone(stocked: Path) -
         assert edge.stdout.read() == ""
 
 
-def ask(url: str, **changes: str) -> dict[str, dict[str, str]]:
+def ask(url: str, **changes: object) -> dict[str, dict[str, str]]:
     answer = httpx2.post(f"{url}/v1/chat/completions", json=QUESTION | changes, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def test_a_node_writes_a_replay_that_makes_its_next_policy(stocked: Path, in_stock: Cli, tmp_path: Path) -> None:
+    """Shadow mode, one command, and the new policy is in force without a restart."""
+    log, policies = tmp_path / "replay.jsonl", tmp_path / "policies"
+    policies.mkdir()
+    flags = ["--threshold", "0.5", "--log", str(log), "--audit", "1", "--log-texts"]
+    with node(stocked, "cloud", "--model", "tiny") as (cloud_url, _):
+        with node(stocked, "serve", "--edge", "tiny", "--cloud", cloud_url, *flags) as (url, edge):
+            for number in range(30):
+                ask(url, messages=[{"role": "user", "content": f"{'ab' * (number % 7)} {number}"}])
+            assert 'edgewise_log_rows{state="failed"} 0.0' in httpx2.get(f"{url}/metrics").text
+            edge.terminate()
+            assert edge.wait() == 0
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(rows) >= 29  # the last may still have been compared when the node was told to end
+        assert {row["edge"]["quality"] for row in rows} == {1.0}  # the same model on both sides
+        assert len(rows[0]["pair"]["edge"]["sha256"]) == 64
+        made = in_stock("calibrate", log, "-o", policies / "new.json", "--max-drop", "0.2", "--json")
+        assert made.json["feasible"], made.err
+        assert in_stock("replay", log, "--policy", policies / "new.json", "--json").json["in_sample"]
+        with node(stocked, "serve", "--edge", "tiny", "--cloud", cloud_url, "--policy", str(policies)) as (url, _):
+            assert ask(url)["x_edgewise"]["route"] == "edge"
+
+
+def test_audits_need_a_log(in_stock: Cli) -> None:
+    outcome = in_stock("serve", "--edge", "tiny", "--audit", "0.1")
+    assert outcome.code == 2
+    assert "--log FILE" in outcome.err
 
 
 def test_a_key_is_wanted_and_ctrl_c_ends_it(stocked: Path) -> None:

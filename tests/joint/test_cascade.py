@@ -3,26 +3,23 @@ import math
 from contextlib import aclosing
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from clock import run
 from tiers import CLOUD_TEXT, EDGE_TEXT, SURE, UNSURE, ask, cloud, edge, policy, see, tier
 
 from edgewise.engines.base import Capabilities
-from edgewise.engines.fake import FakeGenerator, FakePredictor
+from edgewise.engines.fake import FakeGenerator
 from edgewise.errors import (
     ContextFull,
     DeadlineExceeded,
     EngineClosed,
     EngineError,
     Overloaded,
-    RemoteBroken,
-    RemoteRefused,
     RequestError,
     Unreachable,
 )
 from edgewise.joint.breaker import Breaker
-from edgewise.joint.cascade import Cascade, PredictorCascade
+from edgewise.joint.cascade import Cascade
 from edgewise.joint.policy import Policy
 from edgewise.types import Chunk, Sampling
 
@@ -590,72 +587,3 @@ def test_it_counts():
     assert cascade.stats.escalations == 3
     assert cascade.stats.escalation_s == pytest.approx(0.63 + 0.63 + 0.51)
     assert cascade.stats.errors == 0
-
-
-# Predictors
-
-
-SURE_ROW, UNSURE_ROW = [9.0, 0.0, 0.0], [0.4, 0.3, 0.2]
-
-
-def predictor(*rows, **fault):
-    return FakePredictor({"logits": np.array(rows, np.float32)}, **fault)
-
-
-def decide(near, far, **wishes):
-    async def go():
-        cascade = PredictorCascade(near, far)
-        return await cascade.decide({"input": np.zeros(3)}, **wishes)
-
-    outputs, decision = run(go())
-    return outputs, decision.route, decision.reason
-
-
-@pytest.mark.parametrize(
-    ("rows", "route"), [([SURE_ROW], "edge"), ([UNSURE_ROW], "cloud"), ([SURE_ROW, UNSURE_ROW, SURE_ROW], "cloud")]
-)
-def test_a_batch_goes_by_its_least_confident_row(rows, route):
-    near, far = predictor(*rows), predictor(SURE_ROW)
-    outputs, went, _ = decide(near, far)
-    assert went == route
-    assert outputs is (near if route == "edge" else far).answer
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        ({"error": Unreachable("x")}, "cloud_unreachable"),
-        ({"error": RemoteRefused("x", status=403)}, "cloud_refused"),
-        ({"error": RemoteBroken("x")}, "cloud_broken"),
-        ({"error": KeyError("x")}, "cloud_broken"),
-        ({"hangs": True}, "cloud_timeout"),
-    ],
-)
-@pytest.mark.parametrize("wish", ["auto", "cloud"])
-def test_predictors_fall_back_too(fault, reason, wish):
-    near = predictor(UNSURE_ROW)
-    outputs, route, why = decide(near, predictor(SURE_ROW, **fault), wish=wish, deadline_ms=1000)
-    assert (route, why) == ("edge_fallback", reason)
-    assert outputs is near.answer
-
-
-def test_outputs_without_logits_are_no_evidence():
-    far = predictor(SURE_ROW)
-    outputs, route, reason = decide(FakePredictor({"boxes": np.zeros(4)}), far)
-    assert (route, reason) == ("cloud", "no_evidence")
-    assert outputs is far.answer
-
-
-@pytest.mark.parametrize("deadline_ms", [0, -1.0, math.nan])
-def test_a_deadline_that_cannot_be_is_refused(deadline_ms):
-    with pytest.raises(RequestError, match="deadline_ms"):
-        decide(predictor(SURE_ROW), None, deadline_ms=deadline_ms)
-
-
-async def test_a_predictor_cascade_is_a_predictor():
-    near, far = predictor(SURE_ROW), predictor(SURE_ROW)
-    cascade = PredictorCascade(near, far)
-    assert await cascade.predict({}) is near.answer
-    await cascade.close()
-    assert near.closed
-    assert far.closed

@@ -10,8 +10,9 @@ from tiers import SURE, ask, cloud, edge, see
 from edgewise.errors import ConfigError
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.cascade import Cascade
-from edgewise.joint.policies import Policies, identity, mismatch
-from edgewise.joint.policy import Model, Pair, Policy
+from edgewise.joint.pair import Model, Pair, identity, mismatch
+from edgewise.joint.policies import Policies
+from edgewise.joint.policy import Policy
 
 HERE = Pair(Model("small", "a" * 64), Model("big", None))
 

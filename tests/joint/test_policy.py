@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from edgewise.errors import ConfigError
 from edgewise.joint.core import Reason
 from edgewise.joint.judge import SignalsJudge
-from edgewise.joint.policy import Fitted, Forecast, Guarantee, Model, Pair, Policy
+from edgewise.joint.pair import Model, Pair
+from edgewise.joint.policy import Fitted, Forecast, Guarantee, Policy
 from edgewise.joint.signals.evidence import NAMES, Evidence
 from edgewise.joint.signals.text import LOOK
 

@@ -1,22 +1,29 @@
 """What a rule forbids stays here: by every path, in every reading, and if nothing can be decided."""
 
 import asyncio
+import json
 import logging
 import random
 import re
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2
 import pytest
 from clock import run
 from tiers import CLOUD_TEXT, SURE, UNSURE, cloud, edge, see, tier
 
 from edgewise.engines.fake import FakeGenerator, Script
+from edgewise.engines.openai import OpenAI
 from edgewise.errors import ConfigError, EngineError, Forbidden, Overloaded, RemoteBroken, Unreachable
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.cascade import Cascade
 from edgewise.joint.privacy import Rules
+from edgewise.joint.replay_log import ReplayLog
 from edgewise.types import Message, Request
+from served import Served
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/formats/privacy.md").read_text()
 SECRET = "DE44 5001 0517 5407 3249 31"
@@ -233,7 +240,18 @@ def test_nothing_forbidden_reaches_the_wire_or_the_log(tmp_path, caplog, count):
         tier("broken", name="edge", error=EngineError("the edge broke")),
     ]
     now = [0.0]
-    cascades = [Cascade(near, far, breaker=Breaker(clock=lambda: now[0]), rules=found) for near in nears]
+    disk = tmp_path / "replay.jsonl"
+    cascades = [
+        Cascade(
+            near,
+            far,
+            breaker=Breaker(clock=lambda: now[0]),
+            rules=found,
+            log=ReplayLog(disk, texts=True, share=share, lot=draw.random),
+        )
+        for near in nears
+        for share in (0.0, 0.3, 1.0)
+    ]
     secrets, routes, harmless = [], set(), 0
     words = ["the", "a", "when", "please", "tell", "me", "about", "accounts", "and", "DE44", "12", "5001", "in", "2024"]
 
@@ -264,10 +282,96 @@ def test_nothing_forbidden_reaches_the_wire_or_the_log(tmp_path, caplog, count):
                 said = f"{seen.error!r} {seen.error} {seen.text}"
                 assert secrets[-1] not in said
                 assert seen.error is not None or seen.decision.route != "cloud"
-        await asyncio.sleep(60)  # probes of the cloud end
+        await asyncio.sleep(60)  # probes of the cloud end, and what is followed
+        for cascade in cascades:
+            await cascade.close()
 
     run(all_of_them())
     wire = "\n".join(far.heard)
     assert routes == {"edge", "cloud", "edge_fallback"}
     assert len(far.heard) > harmless / 10  # the others do go there
-    assert not [secret for secret in secrets if secret in wire or secret in caplog.text]
+    written = disk.read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert len(rows) > harmless / 10
+    assert any("quality" in row["edge"] for row in rows)
+    plain = "\n".join(row["prompt"] for row in rows)
+    everywhere = "\n".join((wire, caplog.text, written, plain))
+    assert not [secret for secret in secrets if secret in everywhere]
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """An OpenAI server of which every byte that it got is known; each third request fails."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.heard += str(self.path).encode() + bytes(self.headers) + body
+        self.server.count += 1
+        good = self.server.count % 3
+        answer = COMPLETION if good else {"error": {"message": "it is broken", "type": "server_error"}}
+        data = json.dumps(answer).encode()
+        self.send_response(200 if good else 500)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *what):
+        pass
+
+
+COMPLETION = {
+    "id": "x",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "far",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "from far away"}}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
+}
+
+
+def test_nothing_forbidden_passes_a_real_socket_or_stands_on_the_disk(tmp_path, caplog):
+    """The whole node over HTTP, its log on the disk, in shadow mode, and a cloud that is another server."""
+    caplog.set_level(logging.DEBUG)
+    draw, disk = random.Random(3), tmp_path / "replay.jsonl"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    server.heard, server.count = bytearray(), 0
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    found = rules(tmp_path, ACCOUNTS + '[[rule]]\nname = "clinic"\nheader = "x-tenant"\nvalue = "clinic"\n')
+    far = OpenAI(f"http://127.0.0.1:{server.server_port}", model="far")
+    near = tier("so so ", SURE, name="edge")
+    log = ReplayLog(disk, texts=True, share=1.0)
+    now, secrets = [0.0], []
+    cascade = Cascade(near, far, breaker=Breaker(clock=lambda: now[0]), rules=found, log=log)
+    try:
+        with Served(cascade, rules=found, log=log) as node, httpx2.Client(base_url=node.url, timeout=30) as client:
+            for number in range(240):
+                now[0] += 60.0  # a breaker that opened is ready again
+                near.answer = Script.of("so so ", draw.choice([SURE, UNSURE]))
+                secrets.append(account(draw) if number % 3 else f"harmless{number}")
+                tenant = {"x-tenant": "clinic"} if number % 12 == 0 else {}
+                if tenant:
+                    secrets[-1] = f"patient{number}"
+                body = {
+                    "model": draw.choice(["auto", "auto", "cloud", "edge"]),
+                    "messages": [{"role": "user", "content": f"about {secrets[-1]} please"}],
+                    "max_tokens": 4,
+                }
+                answer = client.post("/v1/chat/completions", json=body, headers=tenant)
+                if number % 3 or tenant:
+                    assert answer.status_code == (403 if body["model"] == "cloud" else 200)
+                    assert secrets[-1] not in answer.text
+            metrics = client.get("/metrics").text
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    harmless = [secret for secret in secrets if secret.startswith("harmless")]
+    kept = [secret for secret in secrets if not secret.startswith("harmless")]
+    spelt = [re.escape(json.dumps(secret)[1:-1]) for secret in kept]  # as JSON may write them
+    wire, written = server.heard.decode(), disk.read_text()
+    assert len([secret for secret in harmless if secret in wire]) > 30
+    assert len([secret for secret in harmless if secret in written]) > 10
+    everywhere = "\n".join((wire, written, metrics, caplog.text))
+    assert not [secret for secret in kept if secret in everywhere]
+    assert not re.search("|".join(spelt), everywhere)

@@ -47,7 +47,7 @@ def test_unknown_keys_and_empty_lines_are_no_fault(tmp_path):
 
 def test_rows_that_nobody_judged_are_counted(tmp_path):
     replay = opened(tmp_path, line() + line(id="b", edge={}) + line(id="c", cloud={"quality": 1}))
-    assert (len(replay), replay.skipped) == (1, 2)
+    assert (len(replay), replay.left_out) == (1, {"not judged": 2})
 
 
 def test_quality_stands_for_correct(tmp_path):
@@ -94,7 +94,7 @@ def test_fingerprints_tell_rows_apart(tmp_path):
     ("data", "says"),
     [
         (b"", "holds no request"),
-        (line(edge={}), "1 are not judged"),
+        (line(edge={}), "1 not judged"),
         (b"not json\n", "line 1"),
         (line() + b"[]\n", "line 2"),
         (line() + line(), "a second time"),

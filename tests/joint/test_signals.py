@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from edgewise.joint.signals.answer import ENDED_SIGNALS, LOGPROB_SIGNALS, TOP_SIGNALS, of_alternatives, of_logprobs
 from edgewise.joint.signals.evidence import NAMES, Evidence
-from edgewise.joint.signals.logits import LOGITS_SIGNALS, class_logprobs, of_logits, top_class
+from edgewise.joint.signals.logits import LOGITS_SIGNALS, agreement, class_logprobs, of_logits, top_class
 from edgewise.joint.signals.sums import of_sums
 from edgewise.joint.signals.text import BUCKETS, LOOK, Reading, bucket_of
 from edgewise.types import Candidate, Token
@@ -215,6 +215,8 @@ def test_classes():
     assert top_class([1.0, 3.0, 2.0]) == "1"
     assert top_class(np.zeros((2, 4))) is None
     assert Evidence(logits=np.array([1.0, 3.0])).label("class") == "1"
+    assert agreement([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]) == pytest.approx(2 / 3)
+    assert agreement([[1.0, 0.0]]) is None
 
 
 def test_signals_that_are_given_stand_for_ours():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgewise.cli.options import Debug, Json
+from edgewise.cli.options import Debug, Json, Within
 from edgewise.cli.output import columns, note, result
 from edgewise.errors import MissingExtra, UsageError
 
@@ -39,8 +39,12 @@ def calibrate(
     ] = None,
     labels: Annotated[int | None, typer.Option(metavar="N", help="fit on so many rows; unset: on all")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="draws those rows")] = 0,
-    edge: Annotated[str | None, typer.Option(metavar="BUNDLE", help="the edge model that made the replay")] = None,
+    edge: Annotated[
+        str | None,
+        typer.Option(metavar="BUNDLE", help="the edge model that made the replay; unset: as the log of a node says"),
+    ] = None,
     cloud: Annotated[str | None, typer.Option(metavar="NAME", help="the cloud's model that did")] = None,
+    within: Within = 0.0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="draw the cost-quality curve")] = None,
     json: Json = False,
     debug: Debug = False,
@@ -53,10 +57,10 @@ def calibrate(
     from edgewise.joint.replay import Replay
 
     target = _target(max_drop, target_accuracy, delta, budget, cost)
-    rows = Replay.open(replay)
-    if rows.skipped:
-        note(f"{rows.skipped} rows of {replay} are not judged yet and are left out")
-    found = fit(rows, target, labels=labels, seed=seed, pair=_pair(edge, cloud))
+    rows = Replay.open(replay, within=within)
+    for why, count in rows.left_out.items():
+        note(f"{count} rows of {replay} are left out: {why}")
+    found = fit(rows, target, labels=labels, seed=seed, pair=_pair(edge, cloud) or rows.pair)
     if plot is not None:
         from edgewise.joint.plot import plot as drawn
 
@@ -100,8 +104,7 @@ def _costs(text: str) -> tuple[float, float]:
 
 def _pair(edge: str | None, cloud: str | None) -> Any:
     from edgewise.cli.tiers import manifest
-    from edgewise.joint.policies import identity
-    from edgewise.joint.policy import Model, Pair
+    from edgewise.joint.pair import Model, Pair, identity
     from edgewise.settings import load
 
     if edge is None:

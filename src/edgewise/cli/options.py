@@ -45,6 +45,12 @@ Config = Annotated[
         help="settings file  [default: $EDGEWISE_CONFIG, then $EDGEWISE_HOME/edgewise.toml]",
     ),
 ]
+Within = Annotated[
+    float,
+    typer.Option(
+        metavar="Q", help="where rows have a quality and no verdict: so much below the other tier's is as good"
+    ),
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a bundle's name", show_default=False)]
 
 Edge = Annotated[str | None, _setting("--edge", "BUNDLE")]
@@ -56,6 +62,9 @@ CloudKeyEnv = Annotated[str | None, _setting("--cloud-key-env", "NAME")]
 Threshold = Annotated[str | None, _setting("--threshold", "T")]
 Policy = Annotated[str | None, _setting("--policy", "FILE")]
 Privacy = Annotated[str | None, _setting("--privacy", "FILE")]
+Log = Annotated[str | None, _setting("--log", "FILE")]
+LogTexts = Annotated[bool, typer.Option("--log-texts", help=BY_FLAG["--log-texts"].about)]
+Audit = Annotated[str | None, _setting("--audit", "SHARE")]
 Host = Annotated[str | None, _setting("--host", "ADDRESS")]
 Port = Annotated[str | None, _setting("--port", "N")]
 KeyEnv = Annotated[str | None, _setting("--key-env", "NAME")]

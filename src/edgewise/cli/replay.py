@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgewise.cli.options import Debug, Json
+from edgewise.cli.options import Debug, Json, Within
 from edgewise.cli.output import columns, note, result
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ CPTS = {"cpt50": 0.5, "cpt80": 0.8, "cpt100": 1.0}
 def replay(
     replay: Annotated[Path, typer.Argument(metavar="REPLAY", help="past requests with both tiers' outcomes")],
     policy: Annotated[Path, typer.Option(metavar="FILE", help="the policy to judge")],
+    within: Within = 0.0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="draw it beside its baselines")] = None,
     json: Json = False,
     debug: Debug = False,
@@ -29,9 +30,9 @@ def replay(
     from edgewise.joint.policy import Policy
     from edgewise.joint.replay import Replay
 
-    rows = Replay.open(replay)
-    if rows.skipped:
-        note(f"{rows.skipped} rows of {replay} are not judged yet and are left out")
+    rows = Replay.open(replay, within=within)
+    for why, count in rows.left_out.items():
+        note(f"{count} rows of {replay} are left out: {why}")
     judged = judge_replay(rows, Policy.open(policy))
     if judged.in_sample:
         note(f"every row of {replay} was fitted on: these figures are in-sample and too good")

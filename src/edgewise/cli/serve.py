@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from edgewise.cli.options import (
+    Audit,
     Cloud,
     CloudKeyEnv,
     Config,
@@ -10,6 +13,8 @@ from edgewise.cli.options import (
     Edge,
     Host,
     KeyEnv,
+    Log,
+    LogTexts,
     Mode,
     Policy,
     Port,
@@ -28,6 +33,9 @@ def serve(
     threshold: Threshold = None,
     policy: Policy = None,
     privacy: Privacy = None,
+    log: Log = None,
+    log_texts: LogTexts = False,
+    audit: Audit = None,
     runtime: Runtime = None,
     mode: Mode = None,
     host: Host = None,
@@ -46,6 +54,9 @@ def serve(
             threshold=threshold,
             policy=policy,
             privacy=privacy,
+            log=log,
+            log_texts="true" if log_texts else None,
+            audit=audit,
             runtime=runtime,
             mode=mode,
             host=host,
@@ -57,4 +68,4 @@ def serve(
 
     from edgewise.cli.tiers import listen, open_cascade
 
-    listen(settings, open_cascade, route="edge", wishes=("edge", "cloud"))
+    listen(settings, partial(open_cascade, keep_log=True), route="edge", wishes=("edge", "cloud"))

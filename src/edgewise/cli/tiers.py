@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
     from edgewise.engines.base import Generator
     from edgewise.joint.cascade import Cascade
+    from edgewise.joint.pair import Pair
     from edgewise.joint.policies import Policies
     from edgewise.joint.policy import Policy
     from edgewise.joint.privacy import Rules
+    from edgewise.joint.replay_log import ReplayLog
     from edgewise.models.bundle import Bundle
     from edgewise.settings import Settings
     from edgewise.types import Route, Wish
@@ -62,7 +64,7 @@ def _prepare(settings: Settings) -> None:
         _pull_default(settings)
 
 
-def open_cascade(settings: Settings) -> Cascade:
+def open_cascade(settings: Settings, *, keep_log: bool = False) -> Cascade:
     """The edge, and the cloud behind it if there is one. Whoever calls this closes the cascade, which closes both."""
     from edgewise.engines.openai import OpenAI
     from edgewise.joint.cascade import Cascade
@@ -83,8 +85,9 @@ def open_cascade(settings: Settings) -> Cascade:
     )
     if settings.route.policy is not None:
         check(settings.route.policy)  # before a model is pulled for nothing
+    log = _log(settings) if keep_log else None
     edge = open_model(settings)
-    return Cascade(edge, cloud, _policy(settings), rules=rules)
+    return Cascade(edge, cloud, _policy(settings), rules=rules, log=log)
 
 
 def listen(
@@ -102,14 +105,16 @@ def listen(
         note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
     generator = open_it(settings)
     asyncio.run(_first_answer(generator, "edge" if "edge" in wishes else "auto"))
+    cascade = generator if isinstance(generator, Cascade) else None
     app = create_app(
         generator,
         models=("auto", *wishes, generator.name),
         route=route,
         key=key,
         limits=Limits(choices=settings.serve.choices, send_s=settings.serve.send_s),
-        breaker=generator.breaker if isinstance(generator, Cascade) else None,
-        rules=generator.rules if isinstance(generator, Cascade) else None,
+        breaker=cascade.breaker if cascade else None,
+        log=cascade.log if cascade else None,
+        rules=cascade.rules if cascade else None,
     )
     run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s)
 
@@ -124,15 +129,33 @@ async def _first_answer(generator: Generator, route: Wish) -> None:
 
 
 def _policy(settings: Settings) -> Policy | Policies:
-    from edgewise.joint.policies import Policies, identity
-    from edgewise.joint.policy import Model, Pair, Policy
+    from edgewise.joint.policies import Policies
+    from edgewise.joint.policy import Policy
 
-    route, cloud = settings.route, settings.cloud
+    route = settings.route
     if route.policy is not None:
-        edge = identity(settings.model.name, manifest(settings.model.name, settings.home))
-        here = Pair(edge, None if cloud.model == CLOUD_MODEL else Model(cloud.model, None))
-        return Policies(route.policy, here)
+        return Policies(route.policy, _pair(settings))
     return Policy.default() if route.threshold is None else Policy.threshold(route.threshold)
+
+
+def _pair(settings: Settings) -> Pair:
+    """The models of this node, as far as they are known."""
+    from edgewise.joint.pair import Model, Pair, identity
+
+    edge = identity(settings.model.name, manifest(settings.model.name, settings.home))
+    cloud = settings.cloud.model
+    return Pair(edge, None if cloud == CLOUD_MODEL else Model(cloud, None))
+
+
+def _log(settings: Settings) -> ReplayLog | None:
+    from edgewise.joint.replay_log import ReplayLog
+
+    log = settings.log
+    if log.file is None:
+        if log.texts or log.share:
+            raise UsageError("there is no replay log to keep texts or audits in", hint="name a file with --log FILE")
+        return None
+    return ReplayLog(log.file, _pair(settings), texts=log.texts, share=log.share)
 
 
 def manifest(name: str, home: Path) -> Path | None:

@@ -1,16 +1,13 @@
-"""The cascade: two Generators, or two Predictors, that answer as one."""
+"""The cascade: two Generators that answer as one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from edgewise.engines.answer import check_request
 from edgewise.engines.base import Capabilities, Generator, Predictor
@@ -22,31 +19,38 @@ from edgewise.errors import (
     RemoteBroken,
     RemoteError,
     RemoteTimeout,
-    RequestError,
     Unreachable,
 )
 from edgewise.joint.breaker import Breaker
-from edgewise.joint.core import Case, Core, Reason, Stats, Verdict, verdict
+from edgewise.joint.core import Case, Core, Reason, Stats, Trail, Verdict, verdict
 from edgewise.joint.policies import Policies
 from edgewise.joint.policy import Policy
 from edgewise.joint.privacy import Rules
+from edgewise.joint.replay_log import ReplayLog, Seen, likeness
 from edgewise.joint.signals.evidence import Evidence
-from edgewise.types import Chunk, Decision, Request, Timings, Wish
+from edgewise.types import Chunk, Request, Timings
 
-Tensors = Mapping[str, npt.NDArray[np.generic]]
 Tier = TypeVar("Tier", Generator, Predictor)
 
+ALTERNATIVES = 5  # to each token, where signals of them are wanted
 EDGE_ALONE = "either tier may answer: ask the edge alone (route or model `edge`)"
 
 
-class _Tiers(Generic[Tier]):
-    """What both cascades are made of: an edge, perhaps a cloud, and the core that decides between them."""
+class Tiers(Generic[Tier]):
+    """What every cascade is made of: an edge, perhaps a cloud, and the core that decides between them."""
 
     def __init__(
-        self, edge: Tier, cloud: Tier | None, policy: Policy | Policies, breaker: Breaker | None, name: str
+        self,
+        edge: Tier,
+        cloud: Tier | None,
+        policy: Policy | Policies,
+        breaker: Breaker | None,
+        name: str,
+        log: ReplayLog | None,
     ) -> None:
         self.name = name
         self.breaker = breaker or Breaker()
+        self.log = log
         self._edge: Tier = edge
         self._cloud: Tier | None = cloud
         self._policies = policy if isinstance(policy, Policies) else None
@@ -66,20 +70,23 @@ class _Tiers(Generic[Tier]):
 
     async def close(self) -> None:
         await self._core.close()
+        if self.log is not None:
+            self.log.close()
         await self._edge.close()
         if self._cloud is not None:
             await self._cloud.close()
 
 
-class Cascade(_Tiers[Generator]):
+class Cascade(Tiers[Generator]):
     """A Generator over two. The edge answers; where it is not sure enough, the cloud does; where the cloud does not
     deliver in time, the edge's answer stands. The first and the last chunk carry the same Decision.
 
     Whole answers are judged when they are whole. Streamed ones (`request.stream`) are judged by their first tokens,
     which are held back for that; what was sent is never taken back. A cloud that dies after its text was sent is a
     RemoteError from the iterator, which says how much was sent. `rules` say which requests must not leave the edge;
-    Forbidden if such a one asks for the cloud. The edge's tokens carry log-probabilities wherever it
-    has them, whether or not the request asked. The cascade owns its tiers: `close` closes them.
+    Forbidden if such a one asks for the cloud. The `log` gets all requests that leave the choice to the cascade and
+    meet no rule. The edge's tokens carry log-probabilities wherever it has them, whether or not the request asked.
+    The cascade owns its tiers and its log: `close` closes them.
     """
 
     def __init__(
@@ -91,8 +98,9 @@ class Cascade(_Tiers[Generator]):
         *,
         name: str = "auto",
         rules: Rules | None = None,
+        log: ReplayLog | None = None,
     ) -> None:
-        super().__init__(edge, cloud, policy or Policy.default(), breaker, name)
+        super().__init__(edge, cloud, policy or Policy.default(), breaker, name, log)
         self.rules = rules
         self.can = edge.can if cloud is None else _both(edge.can, cloud.can)
 
@@ -101,11 +109,12 @@ class Cascade(_Tiers[Generator]):
 
     async def _answer(self, request: Request, arrived: float) -> AsyncGenerator[Chunk]:
         check_request(request, self._edge.can if request.route == "edge" else self.can, elsewhere=EDGE_ALONE)
-        sent, decision, first_s = 0, None, 0.0
+        sent, decision, first_s, top = 0, None, 0.0, request.top_logprobs
         clock = asyncio.get_running_loop().time
         async with aclosing(self._core.run(self._case(request, arrived))) as pairs:
             try:
                 async for chunk, made in pairs:
+                    chunk = _as_asked(chunk, top)
                     if decision is None:
                         decision, first_s = made, clock() - arrived
                         chunk = replace(chunk, decision=made)
@@ -129,7 +138,7 @@ class Cascade(_Tiers[Generator]):
         policy = self.policy
         deadline_ms = policy.deadline_ms if request.deadline_ms is None else request.deadline_ms
         return Case(
-            edge=partial(self._ask_edge, request),
+            edge=partial(self._ask_edge, request, policy),
             cloud=None if cloud is None else partial(self._ask_cloud, cloud, request),
             judge=partial(_judge_text, policy, request),
             enough=partial(_enough, policy),
@@ -139,11 +148,20 @@ class Cascade(_Tiers[Generator]):
             wish=request.route,
             deadline=None if deadline_ms is None else arrived + deadline_ms / 1000,
             no_cloud=Reason.NO_CLOUD if rule is None else Reason.PRIVATE,
+            follow=None if rule is not None or self.log is None else self.log.follow(partial(_seen, request)),
         )
 
-    def _ask_edge(self, request: Request) -> AsyncIterator[Chunk]:
-        """Without the deadline: the core keeps it, and cancels."""
-        asked = replace(request, route="auto", deadline_ms=None, logprobs=request.logprobs or self._edge.can.logprobs)
+    def _ask_edge(self, request: Request, policy: Policy) -> AsyncIterator[Chunk]:
+        """Without the deadline, which the core keeps, and with all that a judge may want to see."""
+        can = self._edge.can
+        wanted = ALTERNATIVES if policy.needs_alternatives or self.log is not None else 0
+        asked = replace(
+            request,
+            route="auto",
+            deadline_ms=None,
+            logprobs=request.logprobs or can.logprobs,
+            top_logprobs=max(request.top_logprobs, min(wanted, can.top_logprobs)),
+        )
         return _whole(self._edge.generate(asked), EngineError(f"{self._edge.name} broke off its answer"))
 
     def _ask_cloud(self, cloud: Generator, request: Request, left_s: float | None) -> AsyncIterator[Chunk]:
@@ -151,60 +169,10 @@ class Cascade(_Tiers[Generator]):
         return _whole(cloud.generate(asked), RemoteBroken(f"{cloud.name} broke off its answer"))
 
 
-class PredictorCascade(_Tiers[Predictor]):
-    """A Predictor over two. The confidence is the greatest softmax probability of `logits`, of a batch that of its
-    least confident row: the whole batch goes one way. The tensors returned are the very ones that the tier gave."""
-
-    def __init__(
-        self,
-        edge: Predictor,
-        cloud: Predictor | None = None,
-        policy: Policy | Policies | None = None,
-        breaker: Breaker | None = None,
-        *,
-        name: str = "auto",
-    ) -> None:
-        super().__init__(edge, cloud, policy or Policy.softmax(0.8), breaker, name)
-
-    async def predict(self, inputs: Tensors) -> Tensors:
-        return (await self.decide(inputs))[0]
-
-    async def decide(
-        self, inputs: Tensors, *, wish: Wish = "auto", deadline_ms: float | None = None
-    ) -> tuple[Tensors, Decision]:
-        """`predict`, and by which route the answer came. RequestError for a deadline that is not above 0."""
-        policy = self.policy
-        deadline_ms = policy.deadline_ms if deadline_ms is None else deadline_ms
-        if deadline_ms is not None and not deadline_ms > 0:
-            raise RequestError(f"deadline_ms is {deadline_ms}, allowed is above 0", param="deadline_ms")
-        now = asyncio.get_running_loop().time()
-        cloud = self._cloud
-        return await self._core.single(
-            Case(
-                edge=lambda: _once(self._edge, inputs),
-                cloud=None if cloud is None else lambda _: _once(cloud, inputs),
-                judge=partial(_judge_tensors, policy),
-                enough=bool,
-                speaks=lambda _: True,
-                ends=lambda _: True,
-                stream=False,
-                wish=wish,
-                deadline=None if deadline_ms is None else now + deadline_ms / 1000,
-            )
-        )
-
-
 def _judge_text(policy: Policy, request: Request, chunks: Sequence[Chunk], whole: bool) -> Verdict:
     """Of a whole answer, or of its beginning. A policy without early decisions waits for the whole, as long as the
     request lets it."""
-    tokens = [token for chunk in chunks for token in chunk.tokens]
-    evidence = Evidence(
-        prompt=request.asked,
-        text="".join(chunk.text for chunk in chunks),
-        logprobs=[token.logprob for token in tokens],
-        tokens=tokens,
-        finish_reason=chunks[-1].finish_reason if whole and chunks else None,
-    )
+    evidence = _text_evidence(request, chunks, whole)
     if whole:
         return verdict(policy.whole.judge, evidence, policy.whole.threshold)
     if policy.early is None:
@@ -212,14 +180,35 @@ def _judge_text(policy: Policy, request: Request, chunks: Sequence[Chunk], whole
     return verdict(policy.early.judge or policy.whole.judge, evidence, policy.early.threshold)
 
 
+def _text_evidence(request: Request, chunks: Sequence[Chunk], whole: bool) -> Evidence:
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    return Evidence(
+        prompt=request.asked,
+        group=request.group,
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=[token.logprob for token in tokens],
+        tokens=tokens,
+        finish_reason=chunks[-1].finish_reason if whole and chunks else None,
+    )
+
+
+def _seen(request: Request, trail: Trail[Chunk]) -> Sequence[Seen]:
+    near, far = (
+        None if chunks is None else _text_evidence(request, chunks, True) for chunks in (trail.edge, trail.cloud)
+    )
+    alike = None if near is None or far is None else likeness(near.text or "", far.text or "")
+    return [Seen(trail.decision, near or Evidence(request.asked, request.group), far, alike, trail.both)]
+
+
+def _as_asked(chunk: Chunk, top: int) -> Chunk:
+    """Without alternatives that a judge alone wanted."""
+    if all(len(token.top) <= top for token in chunk.tokens):
+        return chunk
+    return replace(chunk, tokens=tuple(replace(token, top=token.top[:top]) for token in chunk.tokens))
+
+
 def _enough(policy: Policy, chunks: Sequence[Chunk]) -> bool:
     return policy.early is not None and sum(len(chunk.tokens) for chunk in chunks) >= policy.early.tokens
-
-
-def _judge_tensors(policy: Policy, answers: Sequence[Tensors], whole: bool) -> Verdict:
-    logits = answers[0].get("logits")
-    evidence = Evidence(logits=None if logits is None else np.asarray(logits, np.float64))
-    return verdict(policy.whole.judge, evidence, policy.whole.threshold)
 
 
 def _as_seen(timings: Timings | None, first_s: float | None, total_s: float) -> Timings | None:
@@ -242,10 +231,6 @@ async def _whole(chunks: AsyncIterator[Chunk], broken: EdgewiseError) -> AsyncGe
         yield chunk
     if not ended:
         raise broken
-
-
-async def _once(predictor: Predictor, inputs: Tensors) -> AsyncGenerator[Tensors]:
-    yield await predictor.predict(inputs)
 
 
 def _cut_short(error: Exception, sent: int) -> RemoteError:

@@ -6,6 +6,8 @@ the cloud is awaited, and nothing that it said is lost. `Course` takes one reque
     edge, until there is enough to judge ──confident──> edge
         └─else─> cloud, until it has begun (streamed) or ended (whole) ──> cloud, and the edge is cancelled
                      └─no cloud, no time, breaker open, failed─> edge_fallback, from the edge's buffer
+
+When the last item is handed on, the course may be followed: the tier that was not heard answers too, for a log alone.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOSING_S: Final = 0.1  # a tier that was cancelled is awaited so long; then it may end by itself
+FOLLOWED: Final = 16  # answered requests at once whose other tier still works
 
 
 class Reason(StrEnum):
@@ -73,6 +76,25 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Trail(Generic[T]):
+    """What an answered request came to. None for a tier that was not heard to its end. `both` says that both were heard
+    for the answer's own sake, and not because the request was drawn."""
+
+    decision: Decision
+    edge: Sequence[T] | None
+    cloud: Sequence[T] | None
+    both: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Follow(Generic[T]):
+    """What is wanted of a request beyond its answer: with `drawn`, to hear both tiers to their ends."""
+
+    drawn: bool
+    report: Callable[[Trail[T]], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Case(Generic[T]):
     """One request. `deadline` is a time on the running loop's clock."""
 
@@ -86,6 +108,7 @@ class Case(Generic[T]):
     wish: Wish
     deadline: float | None
     no_cloud: Reason = Reason.NO_CLOUD  # why there is none, where there is none
+    follow: Follow[T] | None = None
 
 
 @dataclass(slots=True)
@@ -180,6 +203,7 @@ class Core:
         self.breaker = breaker
         self.stats = Stats()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._following = 0
         self._closed = False
 
     async def run(self, case: Case[T]) -> AsyncGenerator[tuple[T, Decision]]:
@@ -196,7 +220,8 @@ class Core:
             self.stats.errors += 1
             raise
         finally:
-            await course.stop()
+            if not self._follow(course):
+                await course.stop()
 
     async def single(self, case: Case[T]) -> tuple[T, Decision]:
         """`run` for tiers that give one item."""
@@ -209,15 +234,33 @@ class Core:
         if self._closed:
             raise EngineClosed("the cascade was closed")
         feed = Feed(stream, ends)
-        self._tasks.add(feed.task)
-        feed.task.add_done_callback(self._tasks.discard)
+        self._keep(feed.task)
         return feed
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _follow(self, course: Course[T]) -> bool:
+        """Whether it goes on behind the caller's back, and will stop by itself."""
+        if not course.wants_following or self._closed or self._following >= FOLLOWED:
+            return False
+        self._following += 1
+        self._keep(asyncio.create_task(self._followed(course)))
+        return True
+
+    async def _followed(self, course: Course[T]) -> None:
+        try:
+            await course.follow()
+        except Exception as error:  # the request is answered: nothing of this may reach its caller
+            logger.warning("an answered request could not be followed: %r", error)
+        finally:
+            self._following -= 1
+            await course.stop()
 
     def probe(self, case: Case[T], ticket: Ticket) -> None:
         """See whether the cloud is back, with this request but not for it: its caller has the edge's answer."""
-        task = asyncio.create_task(self._probe(case, ticket))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._keep(asyncio.create_task(self._probe(case, ticket)))
 
     async def _probe(self, case: Case[T], ticket: Ticket) -> None:
         assert case.cloud is not None, "there is no cloud to probe"
@@ -259,15 +302,45 @@ class Course(Generic[T]):
         self._cloud: Feed[T] | None = None
         self._ticket: Ticket | None = None
         self._asked_at = 0.0
+        self._decision: Decision | None = None
+        self._both = False  # see Trail
+        self._complete = False
 
     async def items(self) -> AsyncGenerator[tuple[T, Decision]]:
-        decision = await self._decide()
+        decision = self._decision = await self._decide()
         self._core.stats.routes[decision.route] += 1
         self._core.stats.reasons[decision.reason] += 1
         relay = self._cloud_items() if decision.route == "cloud" else self._edge_items()
         async with aclosing(relay) as items:
             async for item in items:
+                self._complete = self._complete or self._case.ends(item)
                 yield item, decision
+
+    @property
+    def wants_following(self) -> bool:
+        """Only of a request that left the choice to us, and got its whole answer."""
+        return self._complete and self._case.follow is not None and self._case.wish == "auto"
+
+    async def follow(self) -> None:
+        """Hear the tier that was not heard, if this request was drawn for it, and report what both said."""
+        follow, decision = self._case.follow, self._decision
+        assert follow is not None, "nobody wants to know"
+        assert decision is not None, "there is no answer yet"
+        if follow.drawn and not self._both and decision.route != "edge_fallback":
+            self._end = math.inf  # nobody waits any more
+            await self._hear_both()
+        follow.report(Trail(decision, self._heard(self._edge), self._heard(self._cloud), self._both))
+
+    async def _hear_both(self) -> None:
+        at = self._loop.time() + self._policy.cloud.total_ms / 1000
+        await self._open_edge().until(lambda: False, at)
+        if self._cloud is None and await self._ask_cloud() is None:
+            async for _ in self._cloud_items():
+                pass
+
+    def _heard(self, feed: Feed[T] | None) -> Sequence[T] | None:
+        whole = feed is not None and feed.error is None and bool(feed.items) and self._case.ends(feed.items[-1])
+        return feed.items if whole and feed is not None else None
 
     async def stop(self) -> None:
         """Cancel what still runs, and wait for it a moment: a tier that will not end must not hold up the caller."""
@@ -317,8 +390,12 @@ class Course(Generic[T]):
 
     async def _escalate(self, verdict: Verdict) -> Decision:
         failure = await self._ask_cloud()
+        if self._cloud is not None:
+            self._core.stats.escalations += 1
+            self._core.stats.escalation_s += self._loop.time() - self._asked_at
         if failure is None:
-            if self._edge is not None:
+            self._both = self._heard(self._edge) is not None
+            if self._edge is not None and not self._drawn:
                 self._edge.cancel()
             return Decision("cloud", verdict.confidence, verdict.reason)
         reason, error = failure
@@ -335,6 +412,10 @@ class Course(Generic[T]):
         if isinstance(edge, RequestError) or isinstance(cloud, RequestError):
             return not isinstance(edge, RequestError)
         return self._case.wish == "cloud"
+
+    @property
+    def _drawn(self) -> bool:
+        return self._case.follow is not None and self._case.follow.drawn and self._case.wish == "auto"
 
     # The edge
 
@@ -411,8 +492,6 @@ class Course(Generic[T]):
             return reason_of(error), error
         finally:
             core.breaker.drop(self._ticket)
-            core.stats.escalations += 1
-            core.stats.escalation_s += self._loop.time() - self._asked_at
 
     def _edge_stands(self) -> bool:
         """Whether the edge has something to answer with, so that nobody has to wait for a cloud that may be dead."""

@@ -63,6 +63,11 @@ class SignalsJudge(Part, frozen=True, tag_field="kind", tag="signals"):
         if strangers := sorted(set(self.gates) - set(GATES)):
             raise ValueError(f"`gates` names {strangers}; allowed are {list(GATES)}")
 
+    @property
+    def reads(self) -> Sequence[str]:
+        """The signals that it looks at."""
+        return (*self.weights, *self.gates)
+
     def judge(self, evidence: Evidence) -> Judgement | None:
         """None where a signal that counts is missing."""
         if self.fails_gate(evidence):
@@ -298,6 +303,11 @@ class GainJudge(Part, frozen=True, tag_field="kind", tag="gain"):
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, self.bias)):
             raise ValueError("`bias` must be finite numbers")
+
+    @property
+    def reads(self) -> Sequence[str]:
+        """The signals that it looks at, beside labels and words."""
+        return () if self.numbers is None else self.numbers.names
 
     def judge(self, evidence: Evidence) -> Judgement | None:
         """None where a signal is missing that was there whenever the fit looked."""

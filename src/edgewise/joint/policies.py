@@ -6,7 +6,6 @@ it stays; where there never was one, everything goes to the cloud, which breaks 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from edgewise.errors import ConfigError
-from edgewise.joint.policy import Model, Pair, Policy
+from edgewise.joint.pair import Pair, mismatch
+from edgewise.joint.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -95,32 +95,6 @@ def opened(path: Path, here: Pair | None) -> Policy | Fault:
         return Fault(path, str(error))
     stranger = None if here is None else mismatch(policy.pair, here)
     return policy if stranger is None else Fault(path, stranger)
-
-
-def mismatch(fitted: Pair | None, here: Pair) -> str | None:
-    """What is different between the models that a policy was fitted on and those that are here; None if nothing that
-    is known is. A policy that names no models was written for any."""
-    if fitted is None:
-        return None
-    tiers = [("edge", fitted.edge, here.edge)]
-    if fitted.cloud is not None and here.cloud is not None:
-        tiers.append(("cloud", fitted.cloud, here.cloud))
-    for tier, wanted, found in tiers:
-        if wanted.sha256 and found.sha256:
-            if wanted.sha256 != found.sha256:
-                return f"it was fitted on another {tier} model, {_named(wanted)}; here is {_named(found)}"
-        elif wanted.name != found.name:
-            return f"it was fitted on the {tier} model {_named(wanted)}; here is {_named(found)}"
-    return None
-
-
-def identity(name: str, manifest: Path | None) -> Model:
-    """A model by its name and, where it is a bundle, by its manifest, which holds the hashes of all its files."""
-    return Model(name, None if manifest is None else hashlib.sha256(manifest.read_bytes()).hexdigest())
-
-
-def _named(model: Model) -> str:
-    return model.name if model.sha256 is None else f"{model.name}, {model.sha256[:12]}…"
 
 
 def _stat(path: Path) -> tuple[str, int, int]:

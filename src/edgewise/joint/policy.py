@@ -16,18 +16,18 @@ from msgspec import Meta
 
 from edgewise.errors import ConfigError
 from edgewise.joint.judge import Judge, Part, SignalsJudge
-from edgewise.joint.replay import SEEN_BYTES
+from edgewise.joint.pair import Pair, Sha256
+from edgewise.joint.replay import SEEN_BYTES, Share
+from edgewise.joint.signals.answer import TOP_SIGNALS
 
 FORMAT: Final = 2
 SIZE_LIMIT: Final = 4 << 20  # bytes; one without tables has less than 4096
 DEFAULT_FILE: Final = Path(__file__).with_name("default_policy.json")
 
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 InnerShare = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Millis = Annotated[float, Meta(gt=0.0, le=3_600_000.0)]
 Risk = Literal["drop", "wrong"]
 Count = Annotated[int, Meta(ge=1)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Whole(Part, frozen=True):
@@ -61,20 +61,6 @@ class CloudPatience(Part, frozen=True):
     total_ms: Millis
     margin_ms: Annotated[float, Meta(ge=0.0, le=3_600_000.0)]
     patience_ms: Millis
-
-
-class Model(Part, frozen=True):
-    """One of the two models; `sha256` of what says all of it (a bundle's manifest), null where that is not known."""
-
-    name: str
-    sha256: Sha256 | None
-
-
-class Pair(Part, frozen=True):
-    """The models that a policy was fitted for."""
-
-    edge: Model
-    cloud: Model | None
 
 
 class Guarantee(Part, frozen=True):
@@ -126,6 +112,12 @@ class Policy(Part, frozen=True):
     cloud: CloudPatience
     deadline_ms: Millis | None
     fitted: Fitted | None
+
+    @property
+    def needs_alternatives(self) -> bool:
+        """Whether a judge reads what else each token could have been."""
+        judges = [self.whole.judge] + ([self.early.judge] if self.early is not None and self.early.judge else [])
+        return any(name in TOP_SIGNALS for judge in judges for name in judge.reads)
 
     def with_threshold(self, threshold: float) -> Self:
         """The same policy with one threshold for whole answers and early decisions. ConfigError outside 0..1."""

@@ -6,23 +6,28 @@ import gzip
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from edgewise.errors import UsageError
-from edgewise.joint.signals.evidence import Evidence
-from edgewise.types import FinishReason
+from edgewise.joint.pair import Pair
+from edgewise.joint.signals.evidence import PROMPT_SIGNALS, Evidence
+from edgewise.types import FinishReason, Route
 
 LINE_LIMIT: Final = 16 << 20  # bytes
 SEEN_BYTES: Final = 6  # of a row's fingerprint
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 _SEE: Final = "docs/formats/replay.md says what a replay holds"
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one tier made of a request."""
 
     correct: bool | None = None
@@ -30,13 +35,14 @@ class Outcome(msgspec.Struct, frozen=True):
     text: str | None = None
     finish_reason: FinishReason | None = None
     logits: tuple[float, ...] | None = None
+    runs: tuple[tuple[float, ...], ...] = ()
     token_logprobs: tuple[float | None, ...] | None = None
     signals: dict[str, float | None] = {}
     cost: float | None = None
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One request. `gold` is for people."""
+class Row(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request. `gold` is for people; what follows it stands in the rows that a node writes."""
 
     id: str
     edge: Outcome
@@ -44,16 +50,22 @@ class Row(msgspec.Struct, frozen=True):
     prompt: str | None = None
     group: str | None = None
     gold: Any = None
+    time: float | None = None  # seconds since 1970
+    pair: Pair | None = None
+    route: Route | None = None
+    reason: str | None = None
+    confidence: float | None = None
+    drawn: Share | None = None  # how likely it was that both tiers answered a request that went this way
 
-    @property
-    def right(self) -> tuple[bool, bool] | None:
-        """Whether the edge and the cloud were right; None for a row that nobody judged."""
+    def right(self, within: float = 0.0) -> tuple[bool, bool] | None:
+        """Whether the edge and the cloud were right; None for a row that nobody judged. A quality that is at most
+        `within` below the other tier's is as good as that."""
         edge, cloud = self.edge, self.cloud
         if edge.correct is not None and cloud.correct is not None:
             return edge.correct, cloud.correct
         if edge.quality is None or cloud.quality is None:
             return None
-        return edge.quality >= cloud.quality, cloud.quality >= edge.quality
+        return edge.quality >= cloud.quality - within, cloud.quality >= edge.quality - within
 
     @property
     def fingerprint(self) -> bytes:
@@ -66,7 +78,8 @@ class Row(msgspec.Struct, frozen=True):
         edge = self.edge
         logprobs = edge.token_logprobs or ()
         if beginning is not None:
-            return Evidence(self.prompt, self.group, logprobs=logprobs[:beginning])
+            asked = {name: value for name, value in edge.signals.items() if name in PROMPT_SIGNALS}
+            return Evidence(self.prompt, self.group, logprobs=logprobs[:beginning], given=asked)
         ended: FinishReason | None = edge.finish_reason or (None if edge.text is None else "stop")
         return Evidence(
             self.prompt,
@@ -75,19 +88,30 @@ class Row(msgspec.Struct, frozen=True):
             logprobs,
             finish_reason=ended,
             logits=None if edge.logits is None else np.array(edge.logits),
+            runs=[np.array(run) for run in edge.runs],
             given=edge.signals,
         )
 
 
 class Replay(Sequence[Row]):
-    """Rows that both tiers were judged on, in the order of their file, and how many were not."""
+    """Rows that both tiers were judged on, in the order of their file. `left_out` says how many more there were, by
+    why they do not count."""
 
-    def __init__(self, rows: Sequence[Row], *, skipped: int = 0, sha256: str = "", name: str = "the replay") -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        left_out: Mapping[str, int] | None = None,
+        within: float = 0.0,
+        sha256: str = "",
+        name: str = "the replay",
+    ) -> None:
         self.rows = rows
-        self.skipped = skipped
+        self.left_out = left_out or {}
+        self.within = within
         self.sha256 = sha256  # of the file's bytes
         self.name = name
-        right = np.array([row.right for row in rows], bool).reshape(-1, 2)
+        right = np.array([row.right(within) for row in rows], bool).reshape(-1, 2)
         self.edge_right, self.cloud_right = right[:, 0], right[:, 1]
 
     def __len__(self) -> int:
@@ -99,14 +123,23 @@ class Replay(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    @property
+    def pair(self) -> Pair | None:
+        """The models that answered, where a node wrote the rows."""
+        return self.rows[-1].pair if self.rows else None
+
     def take(self, indices: Sequence[int]) -> Replay:
-        return Replay([self.rows[index] for index in indices], sha256=self.sha256, name=self.name)
+        rows = [self.rows[index] for index in indices]
+        return Replay(rows, within=self.within, sha256=self.sha256, name=self.name)
 
     @staticmethod
-    def open(path: Path) -> Replay:
-        """Read a replay file. UsageError for one that cannot be read, is none, or has no judged row; it names the line
-        and the key."""
-        digest, rows, names, skipped = hashlib.sha256(), [], set[str](), 0
+    def open(path: Path, *, within: float = 0.0) -> Replay:
+        """Read a replay file. UsageError for one that cannot be read, is none, or has no row that counts; it names the
+        line and the key. Of a node's log those rows count that are of the models of its last row, and of what it
+        compared more often than the rest it takes no larger a share."""
+        if not 0.0 <= within < math.inf:
+            raise UsageError(f"within is {within}; allowed are finite numbers from 0")
+        digest, names, sieve = hashlib.sha256(), set[str](), _Sieve(within)
         for number, line in _lines(path):
             digest.update(line)
             if not line.strip():
@@ -117,16 +150,53 @@ class Replay(Sequence[Row]):
                     f"{path}, line {number}: the id {row.id[:100]!r} stands there a second time", hint=_SEE
                 )
             names.add(row.id)
-            if row.right is None:
-                skipped += 1
-            else:
-                rows.append(row)
+            sieve.add(row)
+        rows = sieve.through()
         if not rows:
+            why = "; ".join(f"{count} {reason}" for reason, count in sieve.left_out.items()) or "it is empty"
             raise UsageError(
-                f"{path} holds no request of which both tiers' outcomes are known ({skipped} are not judged)",
+                f"{path} holds no request of which both tiers' outcomes are known: {why}",
                 hint=f"`correct` is needed under `edge` and under `cloud`; {_SEE}",
             )
-        return Replay(rows, skipped=skipped, sha256=digest.hexdigest(), name=path.name)
+        return Replay(rows, left_out=sieve.left_out, within=within, sha256=digest.hexdigest(), name=path.name)
+
+
+@dataclass
+class _Sieve:
+    """Which rows of a file count."""
+
+    within: float
+    left_out: Counter[str] = field(default_factory=Counter)
+    _rows: list[Row] = field(default_factory=list)
+    _last: Pair | None = None
+
+    def add(self, row: Row) -> None:
+        self._last = row.pair
+        if row.right(self.within) is None:
+            self.left_out["not judged"] += 1
+        elif row.drawn == 0.0:
+            self.left_out["of a node that compared no answers of the edge"] += 1
+        else:
+            self._rows.append(row)
+
+    def through(self) -> list[Row]:
+        """A sample in which each request of the node had one chance to be: a row that was the likelier to be compared
+        is kept the more rarely, always the same ones."""
+        rows = [row for row in self._rows if row.pair == self._last]
+        self._count("of other models than the last", len(self._rows) - len(rows))
+        least = min((row.drawn for row in rows if row.drawn is not None), default=1.0)
+        even = [row for row in rows if row.drawn is None or _lot(row.id) * row.drawn < least]
+        self._count("of what was compared more often than the rest", len(rows) - len(even))
+        return even
+
+    def _count(self, why: str, count: int) -> None:
+        if count:
+            self.left_out[why] += count
+
+
+def _lot(name: str) -> float:
+    """0..1, the same for the same name, and all of them alike."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / (1 << 48)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -21,6 +21,7 @@ from edgewise.engines.base import Generator
 from edgewise.errors import UnknownModel
 from edgewise.joint.breaker import Breaker
 from edgewise.joint.privacy import Rules
+from edgewise.joint.replay_log import ReplayLog
 from edgewise.serve.completions import CHAT, TEXT, Completions, Crowd, Node
 from edgewise.serve.errors import answer_error, failure_of
 from edgewise.serve.exchange import Limits
@@ -44,6 +45,7 @@ def create_app(
     ready: Callable[[], Awaitable[bool]] | None = None,
     limits: Limits | None = None,
     breaker: Breaker | None = None,
+    log: ReplayLog | None = None,
     rules: Rules | None = None,
 ) -> Starlette:
     """The app over one generator, which it closes when it shuts down.
@@ -51,11 +53,11 @@ def create_app(
     `models` are the names that /v1/models lists and requests may use; `auto` is understood in any case, and `edge` and
     `cloud`, where listed, ask for that route. `route` is told of answers whose generator made no decision. With `key`
     all paths but the probes need it as a bearer token. `ready` answers /readyz; without it the app is ready once it
-    runs. /metrics shows the state of `breaker`. `rules` say by header, path and
+    runs. /metrics shows the state of `breaker` and the rows of `log`. `rules` say by header, path and
     model which requests must not leave this machine; what their text says the generator looks at itself.
     """
     limits = limits or Limits()
-    metrics = Metrics(breaker)
+    metrics = Metrics(breaker, log)
     fingerprint = f"edgewise-{version('edgewise')}"
     decision = Decision(route, None, "only")
     node = Node(generator, frozenset(models) | {"auto"}, decision, limits, metrics, fingerprint, rules)

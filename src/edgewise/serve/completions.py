@@ -27,6 +27,7 @@ from edgewise.serve.exchange import (
     check_media_type,
     read_body,
     read_deadline_ms,
+    read_group,
     read_hops,
     until_left,
 )
@@ -132,12 +133,14 @@ class Completions:
         limits = self._node.limits
         body = self._api.decode(await read_body(http, limits))
         check_choices(body, limits.choices)
-        requests = body.requests(
+        came = Request(
             route=self._route(http.headers, body.model),
             deadline_ms=read_deadline_ms(http.headers, limits.deadline_ms),
+            group=read_group(http.headers),
             hops=read_hops(http.headers, limits.hops),
             stay=self._rule(http, body.model),
         )
+        requests = body.requests(came)
         answer = self._stream(body, requests, exchange) if body.stream else self._whole(body, requests, exchange)
         await until_left(http.receive, exchange, answer)
 

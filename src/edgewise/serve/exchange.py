@@ -23,6 +23,7 @@ from edgewise.wire import sse
 
 DEFAULTS = ServeSettings()
 CLIENT_LEFT = 499  # the status in logs and metrics; nobody is there to receive it
+GROUP_CHARS = 100
 SLICE = 64 << 10  # bytes that are sent at once: what waits for a slow client beside the answer itself
 
 
@@ -132,6 +133,16 @@ def read_deadline_ms(headers: Headers, most: float) -> float | None:
             param="x-request-deadline-ms",
         )
     return value
+
+
+def read_group(headers: Headers) -> str | None:
+    text = headers.get("x-edgewise-group")
+    if text is not None and not (len(text) <= GROUP_CHARS and text.isprintable() and text.strip()):
+        raise RequestError(
+            f"x-edgewise-group is {text[:100]!r}, allowed are 1 to {GROUP_CHARS} printable characters",
+            param="x-edgewise-group",
+        )
+    return text
 
 
 def read_hops(headers: Headers, most: int) -> int:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from edgewise.joint.breaker import Breaker, State
+from edgewise.joint.replay_log import ReplayLog, Written
 from edgewise.types import Decision, Usage
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -21,7 +22,7 @@ NO_ROUTE = "none"
 class Metrics:
     """Counters of the requests for text; `status` is that of HTTP, or 499 where the client left first."""
 
-    def __init__(self, breaker: Breaker | None = None) -> None:
+    def __init__(self, breaker: Breaker | None = None, log: ReplayLog | None = None) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "edgewise_requests", "Requests for text.", ["route", "reason", "status"], registry=self.registry
@@ -45,6 +46,8 @@ class Metrics:
         self._reasons: set[str] = set()
         if breaker is not None:
             self._watch(breaker)
+        if log is not None:
+            self._count_rows(log)
 
     def record(self, status: int, decision: Decision | None, total_s: float, first_token_s: float | None) -> None:
         """One request is over; `decision` is None where it never came to one."""
@@ -64,6 +67,11 @@ class Metrics:
         gauge = Gauge("edgewise_breaker_state", "Whether the cloud is called.", ["state"], registry=self.registry)
         for state in get_args(State):
             gauge.labels(state).set_function(partial(_is, breaker, state))
+
+    def _count_rows(self, log: ReplayLog) -> None:
+        gauge = Gauge("edgewise_log_rows", "Rows of the replay log.", ["state"], registry=self.registry)
+        for state in get_args(Written):
+            gauge.labels(state).set_function(partial(log.rows.__getitem__, state))
 
     async def show(self, request: Request) -> Response:
         """GET /metrics in Prometheus' text format."""

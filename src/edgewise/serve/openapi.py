@@ -56,6 +56,7 @@ def _asked(summary: str, body: str, whole: str, piece: str) -> dict[str, Any]:
     refusals = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
     headers = [
         _header("x-edgewise-route", {"enum": list(WISHES)}),
+        _header("x-edgewise-group", {"type": "string", "pattern": r"^[!-~]{1,100}$"}),
         _header("x-edgewise-hops", {"type": "string", "pattern": r"^[0-4]$"}),
         _header("x-request-deadline-ms", {"type": "string", "pattern": r"^[0-9]{1,7}(\.[0-9]{1,3})?$"}),
     ]

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgewise.errors import RequestError, UnsupportedField
-from edgewise.types import RANGES, Message, Request, Sampling, Wish
+from edgewise.types import RANGES, Message, Request, Sampling
 
 NEUTRAL: Final = "neutral"
 IGNORED: Final = "ignored"
@@ -128,20 +128,15 @@ class Body(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True)
         """What goes before the text of this choice."""
         return ""
 
-    def _request(
-        self, limit: int | None, *, route: Wish, deadline_ms: float | None, hops: int, stay: str | None
-    ) -> Request:
+    def _request(self, limit: int | None, came: Request) -> Request:
         """The same wish in our own terms, all but its prompt. Where the body is silent, `types` has the defaults."""
-        return Request(
+        return replace(
+            came,
             sampling=self._sampling(),
             max_tokens=_REQUEST.max_tokens if limit is None else limit,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stream=bool(self.stream),
-            route=route,
-            deadline_ms=deadline_ms,
             ignore_eos=bool(self.ignore_eos),
-            hops=hops,
-            stay=stay,
         )
 
     def _sampling(self) -> Sampling:
@@ -190,13 +185,11 @@ class ChatBody(Body):
     verbosity: _Refused = None
     web_search_options: _Refused = None
 
-    def requests(
-        self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0, stay: str | None = None
-    ) -> tuple[Request, ...]:
-        """One for each choice, in the order of their indexes."""
+    def requests(self, came: Request = _REQUEST) -> tuple[Request, ...]:
+        """One for each choice, in the order of their indexes. `came` holds what the body does not say: how it came."""
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         request = replace(
-            self._request(limit, route=route, deadline_ms=deadline_ms, hops=hops, stay=stay),
+            self._request(limit, came),
             messages=tuple(turn.message() for turn in self.messages),
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
@@ -230,13 +223,11 @@ class TextBody(Body):
         prompt = self.prompts[index // self.choices]
         return prompt if self.echo and isinstance(prompt, str) else ""
 
-    def requests(
-        self, *, route: Wish = "auto", deadline_ms: float | None = None, hops: int = 0, stay: str | None = None
-    ) -> tuple[Request, ...]:
-        """One for each choice of each prompt, in the order of their indexes."""
+    def requests(self, came: Request = _REQUEST) -> tuple[Request, ...]:
+        """One for each choice of each prompt, in the order of their indexes. `came` is as in ChatBody."""
         limit = TEXT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         request = replace(
-            self._request(limit, route=route, deadline_ms=deadline_ms, hops=hops, stay=stay),
+            self._request(limit, came),
             logprobs=self.logprobs is not None,
             top_logprobs=self.logprobs or 0,
         )

@@ -17,8 +17,9 @@ from edgewise.joint.fit import bounds
 from edgewise.joint.fit.learn import Strengths, learn
 from edgewise.joint.fit.target import Choice, MaxDrop, Target, TargetAccuracy, best_start
 from edgewise.joint.judge import Judge
+from edgewise.joint.pair import Pair
 from edgewise.joint.plot import Band, band
-from edgewise.joint.policy import Early, Fitted, Forecast, Guarantee, Pair, Policy, Whole
+from edgewise.joint.policy import Early, Fitted, Forecast, Guarantee, Policy, Whole
 from edgewise.joint.replay import Replay
 from edgewise.joint.signals.evidence import Evidence
 

@@ -22,7 +22,7 @@ from edgewise.joint.signals.answer import (
     of_ending,
     of_logprobs,
 )
-from edgewise.joint.signals.logits import LOGITS_SIGNALS, class_logprobs, of_logits, top_class
+from edgewise.joint.signals.logits import LOGITS_SIGNALS, agreement, class_logprobs, of_logits, top_class
 from edgewise.joint.signals.sums import SUMS, of_sums
 from edgewise.joint.signals.text import LOOK, Reading
 from edgewise.types import FinishReason, Token
@@ -37,7 +37,8 @@ ANSWER_SIGNALS: Final = tuple(f"answer_{name}" for name in LOOK) + SUMS
 @dataclass(frozen=True)
 class Evidence:
     """`logprobs` are natural logs, one a token; `logits` are [..., classes]; `finish_reason` is None for an answer that
-    has not ended; `given` holds signals that came from elsewhere, under names of their own or instead of ours."""
+    has not ended; `runs` are the logits of several runs of the edge; `given` holds signals that came from elsewhere,
+    under names of their own or instead of ours."""
 
     prompt: str | None = None
     group: str | None = None
@@ -46,6 +47,7 @@ class Evidence:
     tokens: Sequence[Token] = ()
     finish_reason: FinishReason | None = None
     logits: npt.NDArray[np.float64] | None = None
+    runs: Sequence[npt.NDArray[np.float64]] = ()
     given: Signals = field(default_factory=dict)
 
     def get(self, name: str) -> float | None:
@@ -115,7 +117,7 @@ class Evidence:
 
     @cached_property
     def _logits(self) -> Signals:
-        return {} if self.logits is None else of_logits(self.logits)
+        return {} if self.logits is None else {**of_logits(self.logits), "agreement": agreement(self.runs)}
 
     @cached_property
     def _classes(self) -> Signals:
@@ -128,7 +130,7 @@ _KINDS: Final[Sequence[tuple[Sequence[str], Callable[[Evidence], Signals]]]] = (
     (ENDED_SIGNALS, lambda evidence: evidence._ending),
     (PROMPT_SIGNALS, lambda evidence: evidence._prompt),
     (ANSWER_SIGNALS, lambda evidence: evidence._answer),
-    (LOGITS_SIGNALS, lambda evidence: evidence._logits),
+    ((*LOGITS_SIGNALS, "agreement"), lambda evidence: evidence._logits),
 )
 _FAMILIES: Final = {name: read for names, read in _KINDS for name in names}
 NAMES: Final = tuple(_FAMILIES)  # all but class_0, class_1, … and those that are given

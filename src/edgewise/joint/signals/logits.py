@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -76,3 +76,12 @@ def top_class(logits: npt.ArrayLike) -> str | None:
     row = np.asarray(logits, dtype=np.float64)
     row = row[0] if row.ndim == 2 and len(row) == 1 else row
     return str(int(row.argmax())) if row.ndim == 1 and len(row) > 1 and np.isfinite(row.max()) else None
+
+
+def agreement(runs: Sequence[npt.ArrayLike]) -> float | None:
+    """The share of several runs of the edge, logits [classes] each, that vote for the class most of them vote for.
+    None for fewer than two."""
+    votes = [top_class(run) for run in runs]
+    if len(votes) < 2 or None in votes:
+        return None
+    return max(votes.count(vote) for vote in set(votes)) / len(votes)
