@@ -1,12 +1,12 @@
 """A cascade of two image classifiers, EfficientNet-Lite0 and Lite2 as ONNX files, over photos.
 
     pip install pillow
-    OPENBLAS_NUM_THREADS=1 python benchmarks/vision.py PHOTOS MODELS [--splits 20] [--json] [--replay FILE] [-o POLICY]
+    python benchmarks/vision.py PHOTOS MODELS [--splits 20] [--json] [--replay FILE] [-o POLICY]
 
 PHOTOS holds JPEGs and labels.json, MODELS the files that benchmarks/vision_models.py makes. Both networks look at each
 photo; the replay of that is fitted on half of its rows and judged on the other half, in many random splits, for two
 targets. With -o, a policy is fitted on all rows, and a PredictorCascade decides under it over the photos. Writes a
-Measurement file. The fits' matrices are small: threads of the linear algebra make them slower.
+Measurement file.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from PIL import Image
 from edgewise.bench.measure import Measurement, typed
 from edgewise.engines.onnx_net import OnnxNet
 from edgewise.evaluate.deferral import Curve
-from edgewise.joint.cascade import PredictorCascade
 from edgewise.joint.fit.calibrate import calibrate
 from edgewise.joint.fit.target import Budget, Cost, Target
 from edgewise.joint.judging import judge_replay
-from edgewise.joint.policy import Model, Pair, Policy
+from edgewise.joint.pair import Model, Pair
+from edgewise.joint.policy import Policy
+from edgewise.joint.predictors import PredictorCascade
 from edgewise.joint.replay import Replay
 
 EDGE, CLOUD = "efficientnet-lite0", "efficientnet-lite2"
@@ -243,7 +244,7 @@ async def decided(
     cascade = PredictorCascade(edge, cloud, policy)
     right, same = 0, 0
     for photo, row in zip(photos, replay, strict=True):
-        outputs, decision = await cascade.decide({"photo": photo.pixels})
+        outputs, (decision,) = await cascade.decide({"photo": photo.pixels})
         right += int(outputs["logits"].argmax() == photo.gold)
         judged = policy.whole.judge.judge(row.evidence())
         kept = judged is not None and judged.worth > policy.whole.threshold

@@ -19,8 +19,8 @@ from edgewise import JointInference
 from edgewise.engines.local import fixed_threads
 from edgewise.engines.onnx_net import OnnxNet, Port
 from edgewise.errors import EngineClosed, EngineError, RequestError, SourceError, UnsupportedModel, UsageError
-from edgewise.joint.cascade import PredictorCascade
 from edgewise.joint.policy import Policy
+from edgewise.joint.predictors import PredictorCascade
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 RANDOM = np.random.default_rng(0)
@@ -577,18 +577,19 @@ SURE, UNSURE = np.array([[9.0, 0.0, 0.0]]), np.array([[0.4, 0.3, 0.2]])
 async def test_a_cascade_of_two_networks(tmp_path: Path) -> None:
     edge, cloud = tiers(tmp_path)
     cascade = PredictorCascade(edge, cloud, Policy.softmax(0.8))
-    kept, decision = await cascade.decide({"x": SURE})
+    kept, (decision,) = await cascade.decide({"x": SURE})
     assert (decision.route, kept["logits"].tolist()) == ("edge", SURE.tolist())
-    asked, decision = await cascade.decide({"x": UNSURE})
+    asked, (decision,) = await cascade.decide({"x": UNSURE})
     assert decision.route == "cloud"
     np.testing.assert_allclose(asked["logits"], UNSURE * -100, rtol=1e-6)
-    whole, decision = await cascade.decide({"x": np.concatenate([SURE, UNSURE])})
-    assert (decision.route, whole["logits"].shape) == ("cloud", (2, 3))
+    whole, decisions = await cascade.decide({"x": np.concatenate([SURE, UNSURE])})
+    assert [decision.route for decision in decisions] == ["edge", "cloud"]
+    np.testing.assert_allclose(whole["logits"], np.concatenate([SURE, UNSURE * -100]), rtol=1e-6)
     assert cascade.stats.routes == {"edge": 1, "cloud": 2}
     with pytest.raises(RequestError, match="there is no input 'image'"):
         await cascade.predict({"image": SURE})
     await cloud.close()
-    stays, decision = await cascade.decide({"x": UNSURE})
+    stays, (decision,) = await cascade.decide({"x": UNSURE})
     assert decision.route == "edge_fallback"
     np.testing.assert_allclose(stays["logits"], UNSURE, rtol=1e-6)
     await cascade.close()

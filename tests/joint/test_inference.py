@@ -1,18 +1,28 @@
 import asyncio
+import json
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import httpx2
+import msgspec
 import numpy as np
 import pytest
 import torch
 from tiers import CLOUD_TEXT, EDGE_TEXT, SURE, UNSURE, tier
 
+import replays
 from edgewise import JointInference
 from edgewise.engines.fake import FakePredictor
 from edgewise.errors import ConfigError, RemoteTimeout, UsageError
 from edgewise.joint import inference
+from edgewise.joint.fit.calibrate import calibrate
+from edgewise.joint.fit.target import Budget
+from edgewise.joint.judge import SignalsJudge
+from edgewise.joint.policy import Policy, Whole
+from edgewise.joint.replay import Replay
 
 SURE_ROW, UNSURE_ROW = [9.0, 0.0, 0.0], [0.4, 0.3, 0.2]
 
@@ -185,6 +195,174 @@ def test_predictors_take_tensors_and_give_tensors():
     output, route = JointInference(near, far).infer({"input": np.zeros(3)})
     assert route == "cloud"
     assert output is far.answer
+
+
+# Batches
+
+
+class Doubler:
+    """A cloud that gives the rows that it got, doubled."""
+
+    def __init__(self):
+        self.asked = []
+
+    def is_available(self):
+        return True
+
+    def infer(self, x):
+        self.asked.append(x)
+        return SimpleNamespace(logits=2 * (x["x"] if isinstance(x, dict) else np.asarray(x)))
+
+
+BATCH = [SURE_ROW, UNSURE_ROW, SURE_ROW, UNSURE_ROW]
+MIXED = [SURE_ROW, [0.8, 0.6, 0.4], SURE_ROW, [0.8, 0.6, 0.4]]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list, tuple, lambda rows: {"x": np.array(rows)}])
+def test_of_a_batch_only_the_unsure_rows_are_sent(kind):
+    cloud = Doubler()
+    batch = kind(BATCH)
+    joint = JointInference(lambda x: x["x"] if isinstance(x, dict) else np.asarray(x), cloud)
+    logits, routes = joint.infer_batch(batch)
+    assert routes == ("edge", "cloud", "edge", "cloud")
+    assert logits.tolist() == pytest.approx(np.array(MIXED))
+    (sent,) = cloud.asked
+    assert type(sent) is type(batch)
+    np.testing.assert_allclose(sent["x"] if isinstance(sent, dict) else sent, [UNSURE_ROW] * 2, rtol=1e-6)
+
+
+def test_a_batch_of_torch_modules():
+    """Rows by row or all at once: the same answers from the same tiers."""
+    torch.manual_seed(0)
+    near, far = (torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)) for _ in range(2))
+    far = far.requires_grad_(False)
+    x = torch.randn(40, 8) * 4
+    with torch.no_grad():
+        shares = torch.softmax(near(x), 1).max(1).values
+    threshold = float(shares.sort().values[19:21].mean())
+    cloud = SimpleNamespace(is_available=lambda: True, infer=far)
+    joint = JointInference(near, cloud, confidence_threshold=threshold)
+    logits, routes = joint.infer_batch(x)
+    assert routes == tuple("edge" if share > threshold else "cloud" for share in shares)
+    assert 10 < routes.count("edge") < 30
+    for row, got, route in zip(x, logits, routes, strict=True):
+        output, went = joint.infer(row[None])
+        assert went == route
+        np.testing.assert_allclose(got, output.detach().numpy()[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("answer", [[SURE_ROW], [[1.0]] * 2, "no logits", None])
+def test_a_cloud_that_answers_other_rows_counts_as_none(answer):
+    logits, routes = JointInference(np.array, Cloud(answer)).infer_batch(BATCH)
+    assert routes == ("edge", "edge_fallback", "edge", "edge_fallback")
+    assert logits.tolist() == BATCH
+
+
+def test_a_batch_without_a_cloud_and_one_that_is_all_unsure():
+    assert JointInference(np.array).infer_batch(BATCH)[1] == ("edge", "edge_fallback", "edge", "edge_fallback")
+    cloud = Doubler()
+    logits, routes = JointInference(np.array, cloud).infer_batch([UNSURE_ROW] * 3)
+    assert (routes, len(cloud.asked[0])) == (("cloud",) * 3, 3)
+    assert logits[0].tolist() == [0.8, 0.6, 0.4]
+
+
+def test_where_the_edge_fails_the_cloud_answers_the_batch():
+    cloud = Doubler()
+    logits, routes = JointInference(lambda x: 1 / 0, cloud).infer_batch(np.array(BATCH))
+    assert (logits.shape, routes) == ((4, 3), ("cloud",) * 4)
+
+
+# Fitted policies, more tiers, clients over HTTP
+
+
+def test_a_fitted_policy_decides_row_by_row(tmp_path):
+    known = [{key: value for key, value in row.items() if key != "prompt"} for row in replays.classified(500)]
+    rows = Replay.open(replays.saved(known, tmp_path / "r.jsonl"))
+    policy = calibrate(rows, Budget(0.3), labels=300).policy
+    judge, threshold = policy.whole.judge, policy.whole.threshold
+    wanted = ["edge" if judge.judge(row.evidence()).worth > threshold else "cloud" for row in rows]
+    logits = np.array([row.edge.logits for row in rows])
+    joint = JointInference(lambda x: x, SimpleNamespace(is_available=lambda: True, infer=lambda x: x), policy=policy)
+    assert joint.confidence_threshold == threshold
+    assert list(joint.infer_batch(logits)[1]) == wanted
+    assert [joint.infer(row[None])[1] for row in logits[:50]] == wanted[:50]
+    assert wanted.count("cloud") == pytest.approx(150, abs=40)
+    joint.confidence_threshold = 1.0
+    assert set(joint.infer_batch(logits)[1]) == {"cloud"}
+
+
+def test_three_tiers_by_nesting():
+    phone, box, cloud = [9.0, 0.0, 0.0], [1.2, 0.0, 0.0], [0.4, 0.3, 0.2]
+    upper = JointInference(lambda x: ("box", x)[1], Cloud("cloud"), confidence_threshold=0.5)
+    joint = JointInference(lambda x: x, upper)
+    assert [joint.infer(np.array([row]))[1] for row in (phone, box, cloud)] == ["edge", "cloud", "cloud"]
+    assert joint.infer(np.array([cloud]))[0] == "cloud"
+    assert (joint.stats.routes, upper.stats.routes) == ({"edge": 1, "cloud": 3}, {"edge": 1, "cloud": 2})
+
+
+class HttpCloud:
+    """A client as users write them over HTTP."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def is_available(self):
+        return httpx2.get(f"{self.url}/ready", timeout=1).status_code == 200
+
+    def infer(self, x):
+        return httpx2.post(f"{self.url}/predict", json=np.asarray(x).tolist(), timeout=5).json()
+
+
+class Scorer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        rows = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.sizes.append(len(rows))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"logits": [[one * 2 for one in row] for row in rows]}).encode())
+
+    def log_message(self, *what):
+        pass
+
+
+def test_a_cloud_over_http_and_none_when_it_is_gone():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scorer)
+    server.sizes = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    joint = JointInference(torch.nn.Identity(), HttpCloud(f"http://127.0.0.1:{server.server_port}"))
+    try:
+        assert joint.infer(torch.tensor([UNSURE_ROW]))[1] == "cloud"
+        logits, routes = joint.infer_batch(torch.tensor(BATCH))
+        assert (routes, server.sizes) == (("edge", "cloud", "edge", "cloud"), [1, 2])
+        np.testing.assert_allclose(logits, MIXED, rtol=1e-6)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert joint.infer(torch.tensor([UNSURE_ROW]))[1] == "edge_fallback"
+
+
+@pytest.mark.parametrize("runs", [0, 101, -1])
+def test_runs_that_cannot_be(runs):
+    with pytest.raises(UsageError, match="edge_runs"):
+        JointInference(model(SURE_ROW), edge_runs=runs)
+
+
+def test_runs_with_dropout_are_a_signal():
+    """One fitted on agreement sends away what the edge wavers on, and nothing else."""
+    turns = iter(range(100))
+    wavering = lambda x: np.array([SURE_ROW, np.roll(SURE_ROW, next(turns))])
+    agreed = msgspec.structs.replace(
+        Policy.softmax(0.6), whole=Whole(0.6, SignalsJudge({"agreement": 1.0}, 0.0, "identity"))
+    )
+    assert JointInference(wavering, policy=agreed, edge_runs=9).infer_batch(None)[1] == ("edge", "edge_fallback")
+    with pytest.raises(UsageError, match="edge_runs"):
+        JointInference(tier(EDGE_TEXT), edge_runs=2)
 
 
 @pytest.mark.parametrize("bad", [3, "http://cloud", object()])

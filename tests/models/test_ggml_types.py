@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 from onnxruntime import InferenceSession, SessionOptions
 
-from edgewise.engines import onnx_lm
+from edgewise.engines.onnx_process import shared_options
 from edgewise.errors import SourceError
 from edgewise.models import ggml_types
 from edgewise.models.blocks import DataFile, _Graph
@@ -99,7 +99,7 @@ def linear(matrix: Matrix, x: np.ndarray, directory: Path, *, int8_activations: 
         graph.output("y", TensorProto.FLOAT, ["rows", matrix.shape[0]])
         graph.node("Identity", [graph.linear("x", matrix, None, "product")], "y")
         graph.save(directory / "g.onnx")
-    onnx_lm._start()  # its pool is the process's: sessions of other tests have it too
+    shared_options()  # its pool is the process's: sessions of other tests have it too
     options = SessionOptions()
     options.use_per_session_threads = False
     session = InferenceSession(directory / "g.onnx", options, providers=["CPUExecutionProvider"])

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from edgewise.bench.importers.onnxruntime import KERNEL, Event, events, runs
 from edgewise.bench.runs import GraphRun, Operator, Recording, Time, now
-from edgewise.engines import onnx_lm
+from edgewise.engines import onnx_lm, onnx_process
 from edgewise.models.bundle import Bundle
 
 
@@ -28,7 +28,7 @@ class _Onnxruntime(Recording):
     )
 
     def __init__(self, profile: onnx_lm.Profile) -> None:
-        self.runtime = f"onnxruntime {onnx_lm.probe()[0]}"
+        self.runtime = f"onnxruntime {onnx_process.probe()[0]}"
         self._profile = profile
 
     def finish(self) -> list[GraphRun]:

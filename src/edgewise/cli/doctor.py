@@ -104,7 +104,7 @@ def _native() -> Check:
 
 def _onnxruntime() -> Check:
     try:
-        from edgewise.engines.onnx_lm import probe
+        from edgewise.engines.onnx_process import probe
     except (ImportError, OSError) as e:  # OSError: the library is there and its loader refuses it
         return Check("onnxruntime", "failed", str(e), hint="pip install --force-reinstall onnxruntime")
     version, providers = probe()

@@ -17,15 +17,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from edgewise.engines.local import CHUNK, LocalModel, Part, fixed_threads, untouched
-from edgewise.errors import BundleError, EngineError
+from edgewise.engines.local import CHUNK, LocalModel, Part, untouched
+from edgewise.engines.onnx_process import failed, shared_options
+from edgewise.errors import BundleError
 from edgewise.models.bundle import BlockEntry, Bundle
 from edgewise.settings import Mode, ModelSettings
 from edgewise.types import FloatArray
@@ -34,20 +34,6 @@ DEFAULTS = ModelSettings()
 ROW_TILE = 16  # kernels work on tiles of so many rows, or of a multiple
 WIDE_HEAD = 128
 EARLY = 63  # positions before it are computed with at most 64 keys, the padding row's included
-
-
-@cache
-def _start() -> None:
-    """What all sessions of the process share. Blocks run in turn, so that one arena for intermediate results serves
-    them all; with one each, a prefill would hold its buffers once per block."""
-    ort.set_global_thread_pool_sizes(fixed_threads(), 1)
-    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(memory, None)
-
-
-def probe() -> tuple[str, list[str]]:
-    """The runtime's version and the providers it was built with, for `doctor`."""
-    return ort.__version__, ort.get_available_providers()
 
 
 @dataclass(frozen=True)
@@ -161,7 +147,6 @@ class OnnxLM(LocalModel[_KV]):
         super().__init__(bundle, slots=slots, context=context)
         self.mode = mode
         bundle.verify(bundle.manifest.files)
-        _start()
         graphs = bundle.manifest.graphs
         self._embed = _session(bundle, graphs.embed)
         self._blocks = _Blocks(bundle, graphs.blocks, self.context + 1, mode)  # room for the padding row
@@ -196,7 +181,7 @@ class OnnxLM(LocalModel[_KV]):
         try:
             return self._blocks.run(part.kv, part.position, rows)[: len(part.ids)]
         except Exception as e:
-            raise _mapped(e) from e
+            raise failed(e) from e
 
     def _project(self, hidden: FloatArray, out: FloatArray) -> None:
         rows = self._rows(len(hidden))
@@ -228,10 +213,7 @@ def _attention_tiles(wanted: bool) -> Iterator[None]:
 
 
 def _session(bundle: Bundle, file: str) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False  # one pool for all graphs: 30 pools would fight for the cores
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3
+    options = shared_options()
     profile = _profile.get()
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile.directory / Path(file).stem)
@@ -249,9 +231,4 @@ def _call(session: ort.InferenceSession, feeds: dict[str, Any]) -> FloatArray:
         result: FloatArray = session.run(None, feeds)[0]
         return result
     except Exception as e:
-        raise _mapped(e) from e
-
-
-def _mapped(e: Exception) -> EngineError:
-    """onnxruntime raises classes of its C extension that share only Exception."""
-    return EngineError(f"onnxruntime failed: {e}", hint="this request cannot be answered here; others can")
+        raise failed(e) from e

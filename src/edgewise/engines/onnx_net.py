@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edgewise.engines.local import set_threads
-from edgewise.engines.onnx_lm import _mapped, _start
+from edgewise.engines.onnx_process import failed, shared_options
 from edgewise.errors import EngineClosed, EngineError, RequestError, SourceError, UnsupportedModel, UsageError
 
 Array = npt.NDArray[Any]
@@ -202,7 +202,7 @@ class OnnxNet:
             return dict(zip(names, session.run(names, dict(feeds), options), strict=True))
         except Exception as error:
             self._check_open()  # closing is what ended it
-            raise _mapped(error) from error
+            raise failed(error) from error
 
 
 # The file
@@ -211,13 +211,8 @@ class OnnxNet:
 def _session(path: Path) -> ort.InferenceSession:
     if not path.is_file():
         raise SourceError(f"{path} is no file", hint="give the path of an ONNX file")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    _start()
-    options.use_per_session_threads = False  # onnxruntime allows no session one of its own once there is a shared pool
-    options.add_session_config_entry("session.use_env_allocators", "1")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), shared_options(), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no other
         if any(mark in str(error) for mark in UNABLE):
             raise UnsupportedModel(

@@ -67,7 +67,7 @@ class JointInference:
     is the greatest softmax probability, of a batch that of its least confident row: by `infer` the batch goes one way
     as a whole, by `infer_batch` each row its own. Or it is a Generator: then the input is a prompt, the output a text,
     and the confidence that of the default policy. Or a Predictor. `cloud_client` is a CloudClient, a Generator, a
-    Predictor, or None.
+    Predictor, None, or a JointInference, which makes three tiers of two.
 
     `policy` decides instead of that rule: one that `edgewise calibrate` made, whose threshold `confidence_threshold`
     then is. With `edge_runs` above 1 an edge model that answers differently each time (as with dropout) is called so
@@ -80,7 +80,7 @@ class JointInference:
     def __init__(
         self,
         edge_model: Callable[[Any], Any] | Generator | Predictor,
-        cloud_client: CloudClient | Generator | Predictor | None = None,
+        cloud_client: CloudClient | Generator | Predictor | JointInference | None = None,
         *,
         confidence_threshold: float | None = None,
         cloud_timeout_s: float = 10.0,
@@ -187,11 +187,13 @@ def _cloud_tier(client: Any) -> _Cloud:
         return partial(_from_generator, client)
     if _is_predictor(client):
         return partial(_from_predictor, client)
+    if isinstance(client, JointInference):
+        return partial(_from_joint, client)
     if callable(getattr(client, "is_available", None)) and callable(getattr(client, "infer", None)):
         return partial(_from_client, client)
     raise UsageError(
         f"the cloud client is a {type(client).__name__}",
-        hint="give an object with is_available() and infer(x), a Generator, a Predictor or None",
+        hint="give an object with is_available() and infer(x), a Generator, a Predictor, a JointInference or None",
     )
 
 
@@ -228,6 +230,11 @@ async def _from_client(client: CloudClient, x: Any) -> _Answers:
     if available:
         output = await _in_own_thread(client.infer, x)
         yield _Answer(output, partial(_read, [output]))
+
+
+async def _from_joint(joint: JointInference, x: Any) -> _Answers:
+    output, _ = await _in_own_thread(joint.infer, x)
+    yield _Answer(output, partial(_read, [output]))
 
 
 async def _from_predictor(predictor: Predictor, inputs: Any, runs: int = 1) -> _Answers:

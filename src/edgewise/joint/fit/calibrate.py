@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from edgewise.errors import UsageError
 from edgewise.evaluate.deferral import Curve, auroc, deferral_curve, ece, ece_floor
@@ -78,9 +79,10 @@ def calibrate(
         )
     drawn = np.random.default_rng(seed).permutation(len(replay))[:count]
     rows = replay.take(drawn.tolist())
-    whole = _side(rows, [row.evidence() for row in rows], target, seed)
     basis = Policy.default()
-    early = _early(rows, whole, target, seed, basis)
+    with threadpool_limits(1):  # so many small matrices: threads cost several times what they save
+        whole = _side(rows, [row.evidence() for row in rows], target, seed)
+        early = _early(rows, whole, target, seed, basis)
     threshold = 1.0 if whole.choice.threshold is None else whole.choice.threshold
     escalated = int((whole.worth <= threshold).sum())
     escalation = Forecast(escalated / len(whole.worth), *bounds.interval(escalated, len(whole.worth)))
