@@ -26,6 +26,7 @@ from edgewise.evaluate.deferral import auroc
 from edgewise.joint.fit.calibrate import calibrate
 from edgewise.joint.fit.target import Budget, Choice, Cost, MaxDrop, Target
 from edgewise.joint.judging import judge_replay
+from edgewise.joint.policy import Policy
 from edgewise.joint.replay import Outcome, Replay, Row
 
 
@@ -51,6 +52,7 @@ TASKS = (
 DROPS = (0.02, 0.03, 0.05, 0.07, 0.1)
 SIZES = (100, 300, 1000)
 DELTA = 0.1
+DECISIONS = 2000  # that are timed in each draw
 
 
 def main() -> None:
@@ -118,9 +120,21 @@ def one_draw(task: Task, directory: Path, seed: int) -> dict[str, float | None]:
         "auroc": judged.auroc,
         "auroc_over_best_signal": (judged.auroc or 0.0) - best_signal(replay, found.policy.fitted.saw()),
     }
+    figures |= decision_us(replay, found.policy)
     baseline = judged.baselines.get("max_softmax") or judged.baselines.get("mean_logprob") or judged.baselines["length"]
     figures["baseline_apgr"] = baseline.apgr
     return {key: None if value is None else float(value) for key, value in figures.items()}
+
+
+def decision_us(replay: Replay, policy: Policy) -> dict[str, float]:
+    """CPU time of this thread for one decision, texts and logits read included, in microseconds."""
+    judge, times = policy.whole.judge, []
+    for row in replay.rows[:DECISIONS]:
+        evidence = row.evidence()
+        before = time.thread_time_ns()
+        judge.judge(evidence)
+        times.append((time.thread_time_ns() - before) / 1000)
+    return {"decision_p50_us": float(np.percentile(times, 50)), "decision_p99_us": float(np.percentile(times, 99))}
 
 
 def best_signal(replay: Replay, seen: set[bytes]) -> float:

@@ -136,9 +136,9 @@ def test_labels_count_where_they_are_known():
 
 
 def test_words_are_summed_over_the_length_of_their_rarities():
-    buckets = np.array(sorted([bucket_of("cat"), bucket_of("dog")]))
-    rarity = np.array([3.0 if one == bucket_of("cat") else 4.0 for one in buckets])
-    weights = np.array([[1.0, 0, 0] if one == bucket_of("cat") else [0, 1.0, 0] for one in buckets])
+    buckets = np.array(sorted([bucket_of(b"cat"), bucket_of(b"dog")]))
+    rarity = np.array([3.0 if one == bucket_of(b"cat") else 4.0 for one in buckets])
+    weights = np.array([[1.0, 0, 0] if one == bucket_of(b"cat") else [0, 1.0, 0] for one in buckets])
     judge = gain(words=(Words.of_table("prompt", buckets, rarity, weights),))
     right, fixed, _ = judge.chances(Evidence(prompt="The CAT, the dog and the cat"))
     assert right == pytest.approx(sigmoid(3.0 / 5.0))

@@ -76,7 +76,7 @@ def test_evidence_holds_nothing_of_the_truth(tmp_path):
 
 def test_a_beginning_shows_the_first_tokens_alone(tmp_path):
     row = Replay.open(replays.saved(replays.written(1), tmp_path / "r.jsonl"))[0]
-    beginning = row.evidence(3)
+    beginning = row.evidence().answered(logprobs=row.evidence().logprobs[:3])
     assert list(beginning.logprobs) == list(row.edge.token_logprobs[:3])
     assert (beginning.text, beginning.finish_reason, beginning.given) == (None, None, {})
     assert beginning.prompt == row.prompt

@@ -137,10 +137,11 @@ class Cascade(Tiers[Generator]):
         cloud = None if rule is not None else self._cloud
         policy = self.policy
         deadline_ms = policy.deadline_ms if request.deadline_ms is None else request.deadline_ms
+        asked = Evidence(request.asked, request.group)
         return Case(
             edge=partial(self._ask_edge, request, policy),
             cloud=None if cloud is None else partial(self._ask_cloud, cloud, request),
-            judge=partial(_judge_text, policy, request),
+            judge=partial(_judge_text, policy, asked),
             enough=partial(_enough, policy),
             speaks=lambda chunk: bool(chunk.text) or _is_last(chunk),
             ends=_is_last,
@@ -148,7 +149,7 @@ class Cascade(Tiers[Generator]):
             wish=request.route,
             deadline=None if deadline_ms is None else arrived + deadline_ms / 1000,
             no_cloud=Reason.NO_CLOUD if rule is None else Reason.PRIVATE,
-            follow=None if rule is not None or self.log is None else self.log.follow(partial(_seen, request)),
+            follow=None if rule is not None or self.log is None else self.log.follow(partial(_seen, asked)),
         )
 
     def _ask_edge(self, request: Request, policy: Policy) -> AsyncIterator[Chunk]:
@@ -169,10 +170,10 @@ class Cascade(Tiers[Generator]):
         return _whole(cloud.generate(asked), RemoteBroken(f"{cloud.name} broke off its answer"))
 
 
-def _judge_text(policy: Policy, request: Request, chunks: Sequence[Chunk], whole: bool) -> Verdict:
+def _judge_text(policy: Policy, asked: Evidence, chunks: Sequence[Chunk], whole: bool) -> Verdict:
     """Of a whole answer, or of its beginning. A policy without early decisions waits for the whole, as long as the
     request lets it."""
-    evidence = _text_evidence(request, chunks, whole)
+    evidence = _answered(asked, chunks, whole)
     if whole:
         return verdict(policy.whole.judge, evidence, policy.whole.threshold)
     if policy.early is None:
@@ -180,11 +181,9 @@ def _judge_text(policy: Policy, request: Request, chunks: Sequence[Chunk], whole
     return verdict(policy.early.judge or policy.whole.judge, evidence, policy.early.threshold)
 
 
-def _text_evidence(request: Request, chunks: Sequence[Chunk], whole: bool) -> Evidence:
+def _answered(asked: Evidence, chunks: Sequence[Chunk], whole: bool) -> Evidence:
     tokens = [token for chunk in chunks for token in chunk.tokens]
-    return Evidence(
-        prompt=request.asked,
-        group=request.group,
+    return asked.answered(
         text="".join(chunk.text for chunk in chunks),
         logprobs=[token.logprob for token in tokens],
         tokens=tokens,
@@ -192,12 +191,10 @@ def _text_evidence(request: Request, chunks: Sequence[Chunk], whole: bool) -> Ev
     )
 
 
-def _seen(request: Request, trail: Trail[Chunk]) -> Sequence[Seen]:
-    near, far = (
-        None if chunks is None else _text_evidence(request, chunks, True) for chunks in (trail.edge, trail.cloud)
-    )
+def _seen(asked: Evidence, trail: Trail[Chunk]) -> Sequence[Seen]:
+    near, far = (None if chunks is None else _answered(asked, chunks, True) for chunks in (trail.edge, trail.cloud))
     alike = None if near is None or far is None else likeness(near.text or "", far.text or "")
-    return [Seen(trail.decision, near or Evidence(request.asked, request.group), far, alike, trail.both)]
+    return [Seen(trail.decision, near or asked, far, alike, trail.both)]
 
 
 def _as_asked(chunk: Chunk, top: int) -> Chunk:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Final, Literal, NamedTuple, TypeVar
@@ -20,7 +21,7 @@ from msgspec import Meta
 
 from edgewise.joint.signals.answer import GATES
 from edgewise.joint.signals.evidence import NAMES, Evidence
-from edgewise.joint.signals.text import BUCKETS, WORD, bucket_of
+from edgewise.joint.signals.text import BUCKETS, Reading
 
 Floats = npt.NDArray[np.float64]
 Link = Literal["exp", "logistic", "identity"]
@@ -155,7 +156,7 @@ class Numbers(Part, frozen=True, dict=True):
 
     def add(self, evidence: Evidence, logits: Floats) -> bool:
         """Add this part to the heads' logits; False where a required signal is missing."""
-        found = [evidence.get(name) for name in self.names]
+        found = evidence.all(self.names)
         if None in found:
             if any(value is None and needed for value, needed in zip(found, self.required, strict=True)):
                 return False
@@ -268,9 +269,17 @@ class Calibration(Part, frozen=True, dict=True):
 
     def of(self, logit: float) -> float:
         if self.logits:
-            return float(np.interp(logit, self.logits, self.shares))
+            return self._between(logit)
         score = self.slope * logit + self.offset
         return 1.0 / (1.0 + math.exp(-min(max(score, -LOGIT_CLIP), LOGIT_CLIP)))
+
+    def _between(self, logit: float) -> float:
+        place = bisect_right(self.logits, logit)
+        if place in (0, len(self.logits)):
+            return self.shares[max(place - 1, 0)]
+        left, right = self.logits[place - 1 : place + 1]
+        low, high = self.shares[place - 1 : place + 1]
+        return low + (high - low) * (logit - left) / (right - left)
 
 
 class Lean(Part, frozen=True):
@@ -347,7 +356,7 @@ def worth_of(order: Order, fixed: Amount, broken: Amount) -> Amount:
 
 def deviations(values: Floats, mean: Floats, scale: Floats) -> Floats:
     """Numbers [..., signals] as deviations, cut at CLIP."""
-    return np.clip((values - mean) / scale, -CLIP, CLIP)
+    return np.minimum(np.maximum((values - mean) / scale, -CLIP), CLIP)
 
 
 def nearness(values: Floats, landmarks: Floats, squares: Floats, width: float) -> Floats:
@@ -362,12 +371,11 @@ def buckets_of(evidence: Evidence, text: Text) -> Sequence[int]:
     """The words of that text as buckets, none where there is no such text."""
     match text:
         case "prompt":
-            return [] if evidence.asked is None else evidence.asked.buckets()
+            return [] if evidence.asked is None else evidence.asked.buckets
         case "answer":
-            return [] if evidence.said is None else evidence.said.buckets()
+            return [] if evidence.said is None else evidence.said.buckets
         case "group":
-            words = WORD.findall((evidence.group or "").lower().replace("_", " "))
-            return list({bucket_of(word) for word in words})
+            return Reading((evidence.group or "").replace("_", " ")).buckets
 
 
 def _check_shape(name: str, array: Array, rows: int) -> None:

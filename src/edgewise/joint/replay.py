@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from edgewise.errors import UsageError
 from edgewise.joint.pair import Pair
-from edgewise.joint.signals.evidence import PROMPT_SIGNALS, Evidence
+from edgewise.joint.signals.evidence import Evidence
 from edgewise.types import FinishReason, Route
 
 LINE_LIMIT: Final = 16 << 20  # bytes
@@ -73,19 +73,15 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
         text = msgspec.json.encode([self.id, self.prompt])
         return hashlib.blake2b(text, digest_size=SEEN_BYTES).digest()
 
-    def evidence(self, beginning: int | None = None) -> Evidence:
-        """What a decision may look at: of the whole answer, or of its first tokens."""
+    def evidence(self) -> Evidence:
+        """What a decision may look at."""
         edge = self.edge
-        logprobs = edge.token_logprobs or ()
-        if beginning is not None:
-            asked = {name: value for name, value in edge.signals.items() if name in PROMPT_SIGNALS}
-            return Evidence(self.prompt, self.group, logprobs=logprobs[:beginning], given=asked)
         ended: FinishReason | None = edge.finish_reason or (None if edge.text is None else "stop")
         return Evidence(
             self.prompt,
             self.group,
             edge.text,
-            logprobs,
+            edge.token_logprobs or (),
             finish_reason=ended,
             logits=None if edge.logits is None else np.array(edge.logits),
             runs=[np.array(run) for run in edge.runs],

@@ -81,8 +81,9 @@ def calibrate(
     rows = replay.take(drawn.tolist())
     basis = Policy.default()
     with threadpool_limits(1):  # so many small matrices: threads cost several times what they save
-        whole = _side(rows, [row.evidence() for row in rows], target, seed)
-        early = _early(rows, whole, target, seed, basis)
+        evidence = [row.evidence() for row in rows]
+        whole = _side(rows, evidence, target, seed)
+        early = _early(rows, evidence, whole, target, seed, basis)
     threshold = 1.0 if whole.choice.threshold is None else whole.choice.threshold
     escalated = int((whole.worth <= threshold).sum())
     escalation = Forecast(escalated / len(whole.worth), *bounds.interval(escalated, len(whole.worth)))
@@ -138,7 +139,9 @@ def _proven(rows: Replay, evidence: Sequence[Evidence], target: MaxDrop | Target
     return Side(learned.judge, worth, edge, cloud, confidence, choice, learned.strengths)
 
 
-def _early(rows: Replay, whole: Side, target: Target, seed: int, basis: Policy) -> Early | None:
+def _early(
+    rows: Replay, evidence: Sequence[Evidence], whole: Side, target: Target, seed: int, basis: Policy
+) -> Early | None:
     """The decision on the first tokens of a stream: by what is known then. Classifiers do not stream."""
     assert basis.early is not None
     if whole.choice.threshold is None or any(row.edge.logits is not None for row in rows):
@@ -146,7 +149,8 @@ def _early(rows: Replay, whole: Side, target: Target, seed: int, basis: Policy) 
     threshold: float | None = whole.choice.threshold
     judge = None
     if any(row.edge.text is not None or row.edge.token_logprobs or row.edge.signals for row in rows):
-        begun = _side(rows, [row.evidence(basis.early.tokens) for row in rows], target, seed)
+        count = basis.early.tokens
+        begun = _side(rows, [one.answered(logprobs=one.logprobs[:count]) for one in evidence], target, seed)
         threshold, judge = begun.choice.threshold, begun.judge
     if threshold is None:
         return None

@@ -69,7 +69,7 @@ def of_alternatives(tokens: Sequence[Token]) -> Mapping[str, float | None]:
     }
 
 
-def of_ending(text: str, words: Sequence[str], finish_reason: FinishReason) -> Mapping[str, float | None]:
+def of_ending(text: str, words: Sequence[bytes], finish_reason: FinishReason) -> Mapping[str, float | None]:
     """How a whole answer reads: yes/no signals, and the share of its runs of four `words` that were said before."""
     return {
         "truncated": float(finish_reason == "length"),
@@ -98,7 +98,7 @@ def _entropy(logprobs: Sequence[float]) -> float:
     return -math.fsum(share * math.log(share) for share in shares if share > 0)
 
 
-def _repetition(words: Sequence[str]) -> float:
+def _repetition(words: Sequence[bytes]) -> float:
     runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 

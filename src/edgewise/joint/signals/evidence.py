@@ -52,19 +52,41 @@ class Evidence:
 
     def get(self, name: str) -> float | None:
         """The signal of that name; None if it cannot be read, or if there is no such signal here."""
+        return self.all((name,))[0]
+
+    def all(self, names: Sequence[str]) -> list[float | None]:
+        """Of each name, as `get` says."""
         known = self._known
-        if name not in known:
-            family = _FAMILIES.get(name)
-            if family is None:
-                return self._classes.get(name) if name.startswith("class_") else None
-            for other, value in family(self).items():
-                known.setdefault(other, value)
-        return known.get(name)
+        for name in names:
+            if name not in known:
+                self._read(name)
+        return list(map(known.get, names))
+
+    def _read(self, name: str) -> None:
+        """That signal and all others that are read with it."""
+        family = _FAMILIES.get(name) or (_class_logprobs if name.startswith("class_") else None)
+        known, found = self._known, {} if family is None else family(self)
+        known.update(found if not self.given else {key: found[key] for key in found if key not in known})
+        known.setdefault(name, None)
 
     @cached_property
     def _known(self) -> dict[str, float | None]:
         """What was read so far; what is given stands for ours."""
         return dict(self.given)
+
+    def answered(
+        self,
+        text: str | None = None,
+        logprobs: Sequence[float | None] = (),
+        tokens: Sequence[Token] = (),
+        finish_reason: FinishReason | None = None,
+    ) -> Evidence:
+        """The same request with that answer, or that beginning of one; its prompt is not read again."""
+        given = {name: value for name, value in self.given.items() if name in PROMPT_SIGNALS}
+        found = Evidence(self.prompt, self.group, text, logprobs, tokens, finish_reason, given=given)
+        if self.prompt is not None:
+            vars(found).update(asked=self.asked, _prompt=self._prompt)
+        return found
 
     def label(self, name: str) -> str | None:
         """What is a word and not a number: `group`, or `class`, the class that the edge chose."""
@@ -106,14 +128,14 @@ class Evidence:
 
     @cached_property
     def _prompt(self) -> Signals:
-        return {} if self.asked is None else {f"prompt_{name}": value for name, value in self.asked.look().items()}
+        return {} if self.asked is None else dict(zip(PROMPT_SIGNALS, self.asked.look.values(), strict=True))
 
     @cached_property
     def _answer(self) -> Signals:
         if self.said is None:
             return {}
-        look = {f"answer_{name}": value for name, value in self.said.look().items()}
-        return {**look, **of_sums("" if self.asked is None else self.asked.text, self.said.text)}
+        look = dict(zip(ANSWER_SIGNALS, self.said.look.values(), strict=False))
+        return {**look, **of_sums(_NOTHING if self.asked is None else self.asked, self.said)}
 
     @cached_property
     def _logits(self) -> Signals:
@@ -122,6 +144,13 @@ class Evidence:
     @cached_property
     def _classes(self) -> Signals:
         return {} if self.logits is None else class_logprobs(self.logits)
+
+
+_NOTHING: Final = Reading("")
+
+
+def _class_logprobs(evidence: Evidence) -> Signals:
+    return evidence._classes
 
 
 _KINDS: Final[Sequence[tuple[Sequence[str], Callable[[Evidence], Signals]]]] = (

@@ -19,6 +19,7 @@ LOGITS_SIGNALS: Final = (
     "second_softmax",
     "third_softmax",
 )
+_LEAST: Final = (min, min, min, min, max, min, max, max)  # of several rows the one that is least confident in it
 LOG_CUT: Final = 20.0  # logs of shares are cut off here
 CLASSES_LISTED: Final = 32  # up to so many classes, each one's log-probability is a signal too
 
@@ -32,31 +33,33 @@ def of_logits(logits: npt.ArrayLike) -> Mapping[str, float | None]:
     values = np.asarray(logits, dtype=np.float64)
     if values.ndim == 0 or values.shape[-1] < 2 or values.size == 0:
         return dict.fromkeys(LOGITS_SIGNALS)
-    rows = values.reshape(-1, values.shape[-1])
-    best = rows.max(axis=1, keepdims=True)
-    if not np.isfinite(best).all():  # NaN or +inf somewhere in a row, or -inf everywhere
+    rows = [_of_row(row) for row in values.reshape(-1, values.shape[-1])]
+    if None in rows:
         return dict.fromkeys(LOGITS_SIGNALS)
-    powers = np.exp(rows - best)
-    total = powers.sum(axis=1, keepdims=True)
-    shares = powers / total
-    count = min(3, shares.shape[1])
-    top = np.partition(shares, -count, axis=1)[:, -count:]
-    top.sort(axis=1)
-    surprise = -np.log(shares, where=shares > 0, out=np.zeros_like(shares))
-    least = float(top[:, -1].min())
-    rest = float(total.max()) - 1.0  # the exponents of all other classes, of the row with the most of them
-    with np.errstate(divide="ignore"):
-        log_margin = float((np.log(top[:, -1]) - np.log(top[:, -2])).min())
-    return {
-        "max_softmax": least,
-        "log_odds": min(-math.log(rest), LOG_CUT) if rest > 0 else LOG_CUT,
-        "log_margin": min(log_margin, LOG_CUT),
-        "margin": float((top[:, -1] - top[:, -2]).min()),
-        "entropy": float((shares * surprise).sum(axis=1).max()),
-        "energy": float((best + np.log(total)).min()),
-        "second_softmax": float(top[:, -2].max()),
-        "third_softmax": float(top[:, -3].max()) if count > 2 else None,
-    }
+    least = [pick(column) for pick, column in zip(_LEAST, zip(*rows, strict=True), strict=True)]
+    return dict(zip(LOGITS_SIGNALS, least if values.shape[-1] > 2 else [*least[:-1], None], strict=True))
+
+
+def _of_row(row: npt.NDArray[np.float64]) -> tuple[float, ...] | None:
+    """The signals of logits [classes]; None with NaN or +inf somewhere, or -inf everywhere."""
+    best = float(row.max())
+    if not math.isfinite(best):
+        return None
+    shifted = row - best
+    powers = np.exp(shifted)
+    total = float(powers.sum())
+    third, second, _ = (0.0, *np.partition(powers, -2)[-2:]) if len(row) < 3 else np.partition(powers, -3)[-3:].tolist()
+    shifted[powers == 0.0] = 0.0  # such a class adds nothing, whatever its distance
+    return (
+        1.0 / total,
+        -math.log(total - 1.0) if total > 1.0 + math.exp(-LOG_CUT) else LOG_CUT,
+        -math.log(second) if second > math.exp(-LOG_CUT) else LOG_CUT,
+        (1.0 - second) / total,
+        math.log(total) - float(powers @ shifted) / total,
+        best + math.log(total),
+        second / total,
+        third / total,
+    )
 
 
 def class_logprobs(logits: npt.ArrayLike) -> Mapping[str, float | None]:

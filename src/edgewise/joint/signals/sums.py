@@ -9,41 +9,72 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Final
+
+from edgewise.joint.signals.text import DIGITS, Reading, kept
 
 SUMS: Final = ("sums", "sums_wrong", "last_fraction", "last_known", "unused_numbers")
 
 _NOTES = re.compile(r"<<[^<>]{0,100}>>")  # a calculator's notes between a sum and its result
 _TIMES = re.compile(r"\\times|\\cdot|×|·|\\\*|(?<=\d)\s*x\s*(?=\$?\d)")
 _NUMBER = r"\d+(?:\.\d+)?%?"
-_SUM = re.compile(
-    rf"(?<![\w.^)/*+\-])\s*({_NUMBER}(?:\s*[-+*/]\s*{_NUMBER}){{1,8}})\s*=\s*(-?{_NUMBER})(?![\d^(]|\s*[-+*/]\s*[\d(])"
-)
+_LEFT = re.compile(rf"(?<![\w.^)/*+\-])\s*({_NUMBER}(?:\s*[-+*/]\s*{_NUMBER}){{1,8}})\s*\Z")
+_RESULT = re.compile(rf"\s*(-?{_NUMBER})(?![\d^(]|\s*[-+*/]\s*[\d(])")
 _PIECE = re.compile(rf"{_NUMBER}|[-+*/]")
-_ANY = re.compile(r"-?\d+(?:\.\d+)?")
-_DROPPED = str.maketrans({"$": None, "€": None, "£": None, "÷": "/", "−": "-", ",": None})
+_TIMES_SIGNS = ("x", "\\", "×", "·")
+_SIGNS = (("$", ""), ("€", ""), ("£", ""), (",", ""), ("÷", "/"), ("−", "-"))
+_NUMERIC = kept(DIGITS + b".")
+_CURRENCY: Final = b"$,"
+_CHAIN: Final = "0123456789.%+-*/ \n\t"
+_REACH: Final = 80  # characters that are read on either side of a sign of equality
+_ENDS: Final = frozenset("0123456789%")  # of what may be a chain
 _TOLERANCE: Final = 0.006  # what rounding to cents, or to two digits of a percentage, may hide
 
 
-def of_sums(prompt: str, answer: str) -> Mapping[str, float | None]:
+def of_sums(asked: Reading, said: Reading) -> Mapping[str, float | None]:
     """`sums` and `sums_wrong`: how many are written out, and how many of them are wrong, as log(1 + n). Of the last
     number: whether it has a fraction, and whether the prompt holds it; None where there is no number.
     `unused_numbers`: the share of the prompt's numbers that the answer leaves out; None where the prompt has none."""
-    plain = _plain(answer)
-    checks = [_right(left, right) for left, right in _SUM.findall(plain)]
-    said, given = _ANY.findall(plain), set(_ANY.findall(_plain(prompt)))
-    last = said[-1] if said else None
+    checks = _checks(said.text) if b"=" in said.marks else []
+    numbers, given = _numbers(said), set(_numbers(asked))
+    last = numbers[-1] if numbers else None
     return {
         "sums": math.log1p(len(checks)),
         "sums_wrong": math.log1p(checks.count(False)),
-        "last_fraction": None if last is None else float(float(last) % 1 != 0),
+        "last_fraction": None if last is None else float(b"." in last and float(last) % 1 != 0),
         "last_known": None if last is None else float(last in given),
-        "unused_numbers": len(given - set(said)) / len(given) if given else None,
+        "unused_numbers": len(given - set(numbers)) / len(given) if given else None,
     }
 
 
+def _numbers(text: Reading) -> list[bytes]:
+    """Without signs; `1,000` is 1000, and what looks like a version is one number with its first fraction."""
+    if not text.numbers:
+        return []
+    pieces = [piece.strip(b".") for piece in text.raw.translate(_NUMERIC, _CURRENCY).split()]
+    return [piece if piece.count(b".") < 2 else b".".join(piece.split(b".")[:2]) for piece in pieces if piece]
+
+
+def _checks(text: str) -> list[bool]:
+    """Whether each sum of the text is right."""
+    plain = _NOTES.sub("", text) if "<<" in text else text
+    found = []
+    for before, after in pairwise(plain.split("=")):
+        if before.rstrip()[-1:] in _ENDS and (result := _RESULT.match(_plain(after[:_REACH]))):
+            left = _plain(before[-_REACH:])
+            chain = _LEFT.search(left, max(len(left.rstrip(_CHAIN)) - 1, 0))
+            if chain is not None:
+                found.append(_right(chain[1], result[1]))
+    return found
+
+
 def _plain(text: str) -> str:
-    return _TIMES.sub("*", _NOTES.sub("", text).translate(_DROPPED))
+    """For the ordinary text, in which none of this is there, a few looks are all that it costs."""
+    for sign, plain in _SIGNS:
+        if sign in text:
+            text = text.replace(sign, plain)
+    return _TIMES.sub("*", text) if any(sign in text for sign in _TIMES_SIGNS) else text
 
 
 def _right(left: str, right: str) -> bool:
