@@ -92,9 +92,8 @@ def test_the_same_seed_fits_the_same_policy(photos):
 def test_texts_get_an_early_judge_that_knows_the_first_tokens(texts):
     policy = calibrate(texts, Budget(0.4), labels=600, seed=1).policy
     rest = [row for row in texts if row.fingerprint not in policy.fitted.saw()]
-    worth = np.array(
-        [policy.early.judge.judge(row.evidence().answered(logprobs=row.evidence().logprobs[:16])).worth for row in rest]
-    )
+    begun = [row.evidence().answered(logprobs=row.edge.token_logprobs[:16]) for row in rest]
+    worth = np.array([policy.early.judge.judge(one).worth for one in begun])
     curve = deferral_curve(-worth, [row.edge.correct for row in rest], [row.cloud.correct for row in rest])
     assert curve.apgr > 0.62
     assert np.mean(worth <= policy.early.threshold) == pytest.approx(0.4, abs=0.08)
