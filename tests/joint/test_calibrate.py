@@ -253,9 +253,13 @@ def test_no_row_both_teaches_and_proves(photos):
     found = calibrate(photos, MaxDrop(0.1), labels=500, seed=4)
     guarantee = found.policy.fitted.guarantee
     assert (guarantee.risk, guarantee.n, found.policy.fitted.rows) == ("drop", 339, 500)
-    judged = judge_replay(photos, found.policy)
-    assert judged.drop <= 0.1
-    assert judged.escalated < 0.8
+    assert judge_replay(photos, found.policy).escalated < 0.8
+
+
+def test_a_promise_fails_as_seldom_as_it_says(photos):
+    """At delta 0.1, of 20 draws more than five would fail once in a hundred times if it were true."""
+    fits = [calibrate(photos, MaxDrop(0.1), labels=300, seed=seed).policy for seed in range(20)]
+    assert sum(judge_replay(photos, policy).drop > 0.1 for policy in fits) <= 5
 
 
 def test_the_evaluator_needs_no_scikit_learn(fitted, tmp_path):

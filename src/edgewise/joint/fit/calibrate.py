@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -143,7 +144,7 @@ def _proven(rows: Replay, evidence: Sequence[Evidence], target: MaxDrop | Target
 def _taught(count: int) -> int:
     """The fewer rows, the more of them a proof needs: 20 of 100 teach, 83 of 300, 397 of 1,000. Found by trying shares
     on sets of these sizes."""
-    return max(LEAST_TAUGHT, min(round(float(count) ** 1.3 / 20), round(MOST_TAUGHT * count)))
+    return max(LEAST_TAUGHT, min(round(math.pow(count, 1.3) / 20), round(MOST_TAUGHT * count)))
 
 
 def _early(
