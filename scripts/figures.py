@@ -234,7 +234,8 @@ JOINT_TARGETS = {  # what was aimed at, by line
 def joint(measurement: Measurement) -> Rows:
     yield [
         *("replay", "labels", "APGR", "baseline", "CPT 50", "CPT 80", "AUROC, over best signal"),
-        *("calibration error over its floor", "escalated", "accuracy over the cloud's", "aimed at"),
+        *("calibration error over its floor", "escalated", "accuracy over the cloud's", "CPU of a decision, p50, p99"),
+        "aimed at",
     ]
     for name, row in measurement["results"].items():
         mean, spread = row["mean"], row["deviation"]
@@ -244,7 +245,42 @@ def joint(measurement: Measurement) -> Rows:
             *(name, str(row["labels"]), apgr, "-" if mean["baseline_apgr"] is None else f"{mean['baseline_apgr']:.3f}"),
             *(*shares, f"{mean['auroc']:.3f}, {mean['auroc_over_best_signal']:+.3f}"),
             *(f"{mean['ece_over_floor']:+.3f}", f"{mean['escalated']:.1%}", f"{mean['accuracy_over_cloud']:+.3f}"),
+            f"{mean['decision_p50_us']:.0f}, {mean['decision_p99_us']:.0f} us",
             JOINT_TARGETS[name],
+        ]
+
+
+def fixed_threshold(measurement: Measurement) -> Rows:
+    yield [
+        *("pair", "edge alone", "cloud alone", "kept at 0.8", "right of those", "their mean confidence"),
+        *("cascade at 0.8", "threshold that loses 5 %"),
+    ]
+    for name, row in measurement["results"].items():
+        yield [
+            *(name, f"{row['edge_accuracy']:.3f}", f"{row['cloud_accuracy']:.3f}", f"{row['kept']:.1%}"),
+            *(f"{row['right_of_kept']:.1%}", f"{row['mean_confidence_of_kept']:.1%}", f"{row['accuracy']:.3f}"),
+            f"{row['threshold_for_drop']:.2f}",
+        ]
+
+
+def joint_audit(measurement: Measurement) -> Rows:
+    yield ["fitted on", "drop", "promised", "broken (allowed)", "kept on the edge", "of the oracle's"]
+    for name, drops in measurement["results"].items():
+        for drop, row in drops.items():
+            kept = "-" if row["promised"] == 0 else f"{row['kept']:.1%}"
+            yield [
+                *(name, drop, f"{row['promised']:.1%}", f"{row['violations']:.3f} ({row['allowed']:.3f})", kept),
+                "-" if row["promised"] == 0 else f"{row['kept_of_oracle']:.1%}",
+            ]
+
+
+def vision(measurement: Measurement) -> Rows:
+    yield ["target", "to the cloud", "accuracy", "max softmax at that share", "oracle at that share"]
+    for name, row in measurement["results"]["targets"].items():
+        mean, spread = row["mean"], row["deviation"]
+        yield [
+            *(name, f"{mean['escalated']:.1%}", f"{mean['accuracy']:.3f} ± {spread['accuracy']:.3f}"),
+            *(f"{mean['softmax_accuracy']:.3f}", f"{mean['oracle_accuracy']:.3f}"),
         ]
 
 
@@ -264,6 +300,9 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "node": ("node", node),
     "breaker": ("breaker", breaker),
     "joint": ("joint", joint),
+    "joint_audit": ("joint_audit", joint_audit),
+    "fixed_threshold": ("fixed_threshold", fixed_threshold),
+    "vision": ("vision", vision),
 }
 
 

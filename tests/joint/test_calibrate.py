@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy import stats
 
 import replays
@@ -195,6 +196,16 @@ def test_bounds_are_exact():
 def test_the_most_losses_that_prove_a_limit(count, limit, delta):
     most = bounds.most_losses(count, limit, delta)
     assert most == max((k for k in range(-1, count) if k < 0 or bounds.upper(k, count, delta) <= limit), default=-1)
+
+
+@pytest.mark.parametrize("count", [20, 100, 301, 1000])
+@pytest.mark.parametrize("limit", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("delta", [0.05, 0.1])
+def test_the_most_losses_are_those_that_mapie_accepts(count, limit, delta):
+    """Its p-value for losses of 0 and 1, which is exact too where the losses are few."""
+    shares = np.arange(count // 2) / count * (1 - 1e-12)  # it rounds the count of losses up
+    accepted = compute_hoeffding_bentkus_p_value(shares, count, limit, binary=True)[:, 0] <= delta
+    assert bounds.most_losses(count, limit, delta) == accepted.sum() - 1
 
 
 def test_losses_along_the_thresholds():

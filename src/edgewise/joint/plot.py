@@ -1,4 +1,4 @@
-"""Curves of accuracy over the share escalated as one SVG: a policy beside its baselines, with its interval."""
+"""Lines over a share as one SVG: above all a policy's accuracy beside its baselines, with its interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgewise.evaluate.deferral import Curve, deferral_curve
 
 Floats = npt.NDArray[np.float64]
 
-WIDTH, HEIGHT, LEFT, TOP, LOW, RIGHT = 560, 360, 64, 48, 48, 150
+WIDTH, HEIGHT, LEFT, TOP, LOW, RIGHT = 560, 360, 64, 48, 48, 220
 POINTS: Final = 101
 RESAMPLES: Final = 200
 COLOURS: Final = ("#0969da", "#8c959f", "#bf8700", "#8250df", "#1a7f37", "#cf222e")
@@ -52,7 +52,24 @@ def band(score: Floats, edge: Floats, cloud: Floats, points: int = POINTS, seed:
 
 def plot(title: str, curves: Mapping[str, Curve], shaded: Band | None, escalated: float | None) -> str:
     """An SVG document. `shaded` belongs to the first curve, `escalated` is where its threshold stands."""
-    values = np.concatenate([curve.accuracy for curve in curves.values()])
+    at = np.linspace(0.0, 1.0, POINTS)
+    named = {
+        name + ("" if curve.apgr is None else f", APGR {curve.apgr:.2f}"): _at(curve, at)
+        for name, curve in curves.items()
+    }
+    return lines(title, at, named, "accuracy (up) by share sent to the cloud (across)", shaded, escalated)
+
+
+def lines(
+    title: str,
+    at: Floats,
+    heights: Mapping[str, Floats],
+    caption: str,
+    shaded: Band | None = None,
+    mark: float | None = None,
+) -> str:
+    """An SVG document of lines over `at` [k], shares 0..1. `shaded` belongs to the first, `mark` is a place to see."""
+    values = np.concatenate(list(heights.values()))
     least, most = float(values.min()), float(values.max())
     span = max(most - least, 0.01)
     least, most = least - 0.05 * span, most + 0.05 * span
@@ -60,34 +77,35 @@ def plot(title: str, curves: Mapping[str, Curve], shaded: Band | None, escalated
     def x(share: float) -> float:
         return LEFT + share * WIDTH
 
-    def y(accuracy: float) -> float:
-        return TOP + (most - accuracy) / (most - least) * HEIGHT
+    def y(height: float) -> float:
+        return TOP + (most - height) / (most - least) * HEIGHT
+
+    def points(across: Floats, up: Floats) -> str:
+        return " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(across, up, strict=True))
 
     width, height = LEFT + WIDTH + RIGHT, TOP + HEIGHT + LOW
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         f"<style>{STYLE}</style>",
         f'<text class="title" x="{LEFT}" y="20">{escape(title)}</text>',
-        *_grid(least, most, x, y),
+        *_grid(least, most, caption, x, y),
     ]
     if shaded is not None:
-        there = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(shaded.escalated, shaded.high, strict=True)]
-        back = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(shaded.escalated[::-1], shaded.low[::-1], strict=True)]
-        parts.append(f'<polygon class="band" fill="{COLOURS[0]}" points="{" ".join(there + back)}"/>')
-    for number, (name, curve) in enumerate(curves.items()):
-        at = np.linspace(0.0, 1.0, POINTS)
-        line = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(at, _at(curve, at), strict=True))
+        around = f"{points(shaded.escalated, shaded.high)} {points(shaded.escalated[::-1], shaded.low[::-1])}"
+        parts.append(f'<polygon class="band" fill="{COLOURS[0]}" points="{around}"/>')
+    for number, (name, line) in enumerate(heights.items()):
         colour = COLOURS[number % len(COLOURS)]
-        apgr = "" if curve.apgr is None else f", APGR {curve.apgr:.2f}"
         place = TOP + 14 + 20 * number
-        parts.append(f'<polyline class="line" stroke="{colour}" points="{line}"/>')
-        parts.append(f'<text x="{LEFT + WIDTH + 10}" y="{place}" style="fill: {colour}">{escape(name)}{apgr}</text>')
-    if escalated is not None:
-        parts.append(f'<path class="mark" d="M{x(escalated):.1f} {TOP}v{HEIGHT}"/>')
+        parts.append(f'<polyline class="line" stroke="{colour}" points="{points(at, line)}"/>')
+        parts.append(f'<text x="{LEFT + WIDTH + 10}" y="{place}" style="fill: {colour}">{escape(name)}</text>')
+    if mark is not None:
+        parts.append(f'<path class="mark" d="M{x(mark):.1f} {TOP}v{HEIGHT}"/>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _grid(least: float, most: float, x: Callable[[float], float], y: Callable[[float], float]) -> Iterator[str]:
+def _grid(
+    least: float, most: float, caption: str, x: Callable[[float], float], y: Callable[[float], float]
+) -> Iterator[str]:
     bottom = TOP + HEIGHT
     for tenth in range(0, 11, 2):
         place = x(tenth / 10)
@@ -97,7 +115,7 @@ def _grid(least: float, most: float, x: Callable[[float], float], y: Callable[[f
         place = y(accuracy)
         yield f'<path class="grid" d="M{LEFT} {place:.1f}h{WIDTH}"/>'
         yield f'<text class="quiet" x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{accuracy:.3f}</text>'
-    yield f'<text class="quiet" x="{LEFT}" y="{bottom + 38}">accuracy (up) by share sent to the cloud (across)</text>'
+    yield f'<text class="quiet" x="{LEFT}" y="{bottom + 38}">{escape(caption)}</text>'
 
 
 def _at(curve: Curve, shares: Floats) -> Floats:
