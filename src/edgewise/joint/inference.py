@@ -21,14 +21,13 @@ from edgewise.errors import EngineError, RemoteBroken, UsageError
 from edgewise.joint.batch import Batch, evidence_of, joined, rows_of
 from edgewise.joint.breaker import Breaker, BreakerSettings
 from edgewise.joint.core import Case, Core, Stats, Verdict
-from edgewise.joint.policy import Policy
+from edgewise.joint.policy import CONFIDENCE, Policy
 from edgewise.joint.signals.evidence import Evidence
 from edgewise.types import Decision, Message, Request, Route
 
 Logits = npt.NDArray[np.generic]
 T = TypeVar("T")
 
-CONFIDENCE = 0.8  # the guide's threshold
 MOST_RUNS = 100
 AVAILABLE_WITHIN_S = 1.0  # an is_available() that takes longer is a no
 

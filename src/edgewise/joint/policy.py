@@ -21,6 +21,7 @@ from edgewise.joint.replay import SEEN_BYTES, Share
 from edgewise.joint.signals.answer import TOP_SIGNALS
 
 FORMAT: Final = 2
+CONFIDENCE: Final = 0.8  # of a network with logits, where nobody fitted a policy
 SIZE_LIMIT: Final = 4 << 20  # bytes; one without tables has less than 4096
 DEFAULT_FILE: Final = Path(__file__).with_name("default_policy.json")
 

@@ -17,7 +17,7 @@ from edgewise.joint.breaker import Breaker
 from edgewise.joint.cascade import Tiers
 from edgewise.joint.core import Case, Trail
 from edgewise.joint.policies import Policies
-from edgewise.joint.policy import Policy
+from edgewise.joint.policy import CONFIDENCE, Policy
 from edgewise.joint.replay_log import ReplayLog, Seen
 from edgewise.joint.signals.evidence import Evidence
 from edgewise.types import Decision, Wish
@@ -58,7 +58,7 @@ class PredictorCascade(Tiers[Predictor]):
         log: ReplayLog | None = None,
         edge_runs: int = 1,
     ) -> None:
-        super().__init__(edge, cloud, policy or Policy.softmax(0.8), breaker, name, log)
+        super().__init__(edge, cloud, policy or Policy.softmax(CONFIDENCE), breaker, name, log)
         self._edge_runs = edge_runs
 
     async def predict(self, inputs: Tensors) -> Tensors:
