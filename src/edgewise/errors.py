@@ -19,6 +19,7 @@
     │   ├── GapError            a row starts beyond the end of its session's KV
     │   ├── Overloaded          every slot and the queue are taken
     │   ├── EngineClosed        close() was called
+    │   ├── CodecOverflow       a boundary holds a number that its codec cannot carry
     │   └── DeadlineExceeded    the request's time is up
     └── RemoteError             another tier did not deliver
         ├── Unreachable         no connection, or it broke
@@ -155,6 +156,10 @@ class Overloaded(EngineError):
 
 class EngineClosed(EngineError):
     """The engine was closed."""
+
+
+class CodecOverflow(EngineError):
+    """A boundary holds a number that its codec cannot carry."""
 
 
 class DeadlineExceeded(EngineError):
