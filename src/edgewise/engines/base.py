@@ -28,6 +28,27 @@ class Row:
     ids: IdArray
     want: int = 1
 
+    @property
+    def values(self) -> IdArray:
+        """What stands at its positions."""
+        return self.ids
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """Hidden states of one session: `hidden` float32 [n, hidden], n >= 1, standing at `position`, `position + 1`, …
+    (absolute). `want` is how many of the last positions are to come out, 0..n."""
+
+    session: str
+    position: int
+    hidden: FloatArray
+    want: int
+
+    @property
+    def values(self) -> FloatArray:
+        """What stands at its positions."""
+        return self.hidden
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -79,6 +100,32 @@ class TokenModel(Protocol):
     async def shutdown(self) -> None:
         """Free everything. Idempotent."""
         ...
+
+
+class Stage(Protocol):
+    """Hidden states through decoder layers; owns their KV. As with TokenModel one caller awaits each call, and errors
+    are the same. A session has a range of the stage's layers, so that where a model is cut is the session's affair."""
+
+    name: str
+    layers: range  # those that it holds
+    hidden: int  # numbers of a position
+    context: int
+    slots: int
+
+    async def open(self, session: str, limit: int, layers: range) -> None:
+        """As TokenModel's; UsageError if these layers are not here, or cannot be cut there."""
+        ...
+
+    async def forward(self, rows: Sequence[StageRow]) -> list[FloatArray]:
+        """Append each row to its session; what the last layer gives, float32 [want, hidden] per row, in order. A row
+        below the session's length rewinds to its position first, one above it raises GapError with the length."""
+        ...
+
+    async def rewind(self, session: str, position: int) -> None: ...
+
+    async def close(self, session: str) -> None: ...
+
+    async def shutdown(self) -> None: ...
 
 
 class Generator(Protocol):

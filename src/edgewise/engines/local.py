@@ -1,11 +1,11 @@
-"""A model on this machine as a `TokenModel`: sessions, lengths and checks. What computes is a subclass's affair."""
+"""A model on this machine as a `TokenModel`, ranges of its layers as a `Stage`. What computes is the subclass."""
 
 from __future__ import annotations
 
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Generic, TypeVar
@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgewise.devices.machine import usable_cores
-from edgewise.engines.base import Row
-from edgewise.errors import ContextFull, EngineClosed, EngineError, GapError, Overloaded
+from edgewise.engines.base import Row, StageRow
+from edgewise.engines.slots import Part, Slots
+from edgewise.errors import ContextFull, EngineClosed, EngineError, UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.models.card import Card
 from edgewise.types import FloatArray, IdArray
 
-CHUNK = 256  # most ids of a session computed at once; longer rows are cut: 512 are no faster and take more memory
 KV = TypeVar("KV")
 
 
@@ -64,23 +64,6 @@ def untouched(dtype: type[Number], *shape: int) -> npt.NDArray[Number]:
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
-@dataclass
-class _Slot(Generic[KV]):
-    kv: KV
-    length: int = 0
-    limit: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Part(Generic[KV]):
-    """Ids of one session, 1..CHUNK, computed at once; the last `want` of them need logits."""
-
-    kv: KV
-    position: int
-    ids: IdArray
-    want: int
-
-
 class LocalModel(ABC, Generic[KV]):
     """See engines/base.py for its promises. `slots` sessions at once, each of up to `context` positions (None: what the
     model was trained for). KV belongs to slots: a closed session's is used again, and a rewind is a length."""
@@ -96,91 +79,85 @@ class LocalModel(ABC, Generic[KV]):
         self.vocab = card.vocab
         self.context = context or card.context
         self.slots = slots
-        self._free: list[_Slot[KV]] = []
-        self._open: dict[str, _Slot[KV]] = {}
+        self._sessions = self._new_slots()
         self._closed = False
         self._logits = np.empty((0, card.vocab), dtype=np.float32)
 
+    @property
     @abstractmethod
-    def _new_kv(self) -> KV:
-        """Room for `context` positions; no page of it is touched before it is used."""
+    def numerics(self) -> str:
+        """What computes, in words: models of one bundle with the same numerics give the same bits."""
 
     @abstractmethod
-    def _compute(self, parts: Sequence[Part[KV]], out: FloatArray) -> None:
-        """Append the parts, of different sessions and at most CHUNK + slots ids in all, and write the logits that they
-        want, in their order, into `out` [their number, vocab]."""
+    def new_kv(self) -> KV:
+        """Room for `context` positions of all layers; no page of it is touched before it is used."""
+
+    @abstractmethod
+    def embed(self, ids: IdArray) -> FloatArray:
+        """Hidden states before the first layer, float32 [n, hidden], of ids int64 [n]."""
+
+    @abstractmethod
+    def run(self, parts: Sequence[Part[KV]], hidden: FloatArray) -> FloatArray:
+        """Append the parts, of different sessions, the same layers and at most CHUNK + slots positions in all, whose
+        `hidden` [their number, hidden] come one behind the other and may be overwritten. The hidden states that they
+        want, float32, in their order, valid until the next run."""
+
+    @abstractmethod
+    def project(self, hidden: FloatArray, out: FloatArray) -> None:
+        """The logits of hidden states behind the last layer, [n, hidden], n at most CHUNK + slots, into `out`
+        [n, vocab]."""
+
+    @abstractmethod
+    def cuts_at(self, layer: int) -> bool:
+        """Whether a stage may begin or end between layer - 1 and layer."""
 
     @abstractmethod
     def _release(self) -> None:
         """Free the weights now, whoever still holds this object."""
 
     async def open(self, session: str, limit: int) -> None:
-        self._check_alive()
-        if session in self._open:
-            raise ValueError(f"session {session!r} is open already")
-        if limit > self.context:
-            raise ContextFull(limit, self.context)
-        if len(self._open) >= self.slots:
-            raise Overloaded(
-                f"all {self.slots} slots of {self.name} are taken", hint="close a session, or load with more slots"
-            )
-        slot = self._free.pop() if self._free else _Slot(self._new_kv())
-        slot.length, slot.limit = 0, limit
-        self._open[session] = slot
+        self.check_alive()
+        self._sessions.open(session, limit, range(self.card.layers))
 
     async def forward(self, rows: Sequence[Row]) -> list[FloatArray]:
-        self._check_alive()
+        self.check_alive()
         for row in rows:
-            self._check_row(row)
-        if len({row.session for row in rows}) < len(rows):
-            raise ValueError("a session has more than one row in a forward")
-        for row in rows:  # what stood behind its position is overwritten from here on
-            slot = self._open[row.session]
-            slot.length = min(slot.length, row.position)
+            if len(row.ids) and (row.ids.min() < 0 or row.ids.max() >= self.vocab):
+                least, most = row.ids.min(), row.ids.max()
+                raise ValueError(f"token ids must be 0..{self.vocab - 1}, the row holds {least}..{most}")
         ends = list(accumulate((row.want for row in rows), initial=0))
-        out = self._room_for(ends[-1])
-        done = 0
-        for parts in self._passes(rows):
+        out, done = self._room_for(ends[-1]), 0
+        for parts in self._sessions.appending(rows):
+            hidden = self.run(parts, self.embed(np.concatenate([part.values for part in parts], dtype=np.int64)))
             want = sum(part.want for part in parts)
-            self._compute(parts, out[done : done + want])
+            if want:
+                self.project(hidden[:want], out[done : done + want])
             done += want
-        for row in rows:
-            self._open[row.session].length = row.position + len(row.ids)
         return [out[start:end] for start, end in pairwise(ends)]
 
     async def rewind(self, session: str, position: int) -> None:
-        slot = self._open[session]
-        if not 0 <= position <= slot.length:
-            raise GapError(session, position, slot.length)
-        slot.length = position
+        self._sessions.rewind(session, position)
 
     async def close(self, session: str) -> None:
-        slot = self._open.pop(session, None)
-        if slot is not None:
-            self._free.append(slot)
+        self._sessions.close(session)
 
     async def shutdown(self) -> None:
         if not self._closed:
             self._closed = True
-            self._open.clear()
-            self._free.clear()
+            self._sessions.clear()
             self._logits = self._logits[:0]
             self._release()
 
-    def _check_alive(self) -> None:
+    def stage(self, layers: range | None = None) -> LocalStage[KV]:
+        """The layers `layers` (None: all), with sessions of their own. It ends with this model."""
+        return LocalStage(self, range(self.card.layers) if layers is None else layers)
+
+    def check_alive(self) -> None:
         if self._closed:
             raise EngineClosed(f"{self.name} was shut down")
 
-    def _check_row(self, row: Row) -> None:
-        slot, count = self._open[row.session], len(row.ids)
-        if not 0 <= row.position <= slot.length:
-            raise GapError(row.session, row.position, slot.length)
-        if row.position + count > slot.limit:
-            raise ContextFull(row.position + count, slot.limit)
-        if count == 0 or not 0 <= row.want <= count:
-            raise ValueError(f"a row of {count} ids cannot give {row.want} logits")
-        if row.ids.min() < 0 or row.ids.max() >= self.vocab:
-            raise ValueError(f"token ids must be 0..{self.vocab - 1}, the row holds {row.ids.min()}..{row.ids.max()}")
+    def _new_slots(self) -> Slots[KV]:
+        return Slots(self.name, self.slots, self.context, self.new_kv, self._cuts)
 
     def _room_for(self, rows: int) -> FloatArray:
         """The logits buffer; grown when a forward wants more rows than any before."""
@@ -188,23 +165,62 @@ class LocalModel(ABC, Generic[KV]):
             self._logits = np.empty((rows, self.vocab), dtype=np.float32)
         return self._logits
 
-    def _passes(self, rows: Sequence[Row]) -> Iterator[list[Part[KV]]]:
-        """The rows in parts, and the parts in groups that can be computed together."""
-        together: list[Part[KV]] = []
-        for part in (part for row in rows for part in self._parts(row)):
-            full = sum(len(other.ids) for other in together) + len(part.ids) > CHUNK + self.slots
-            if together and (full or together[-1].kv is part.kv):
-                yield together
-                together = []
-            together.append(part)
-        if together:
-            yield together
+    def _cuts(self, position: int, count: int) -> Sequence[int]:
+        """Where `count` values at `position` must be cut for the runs, beside where they are too many."""
+        return ()
 
-    def _parts(self, row: Row) -> Iterator[Part[KV]]:
-        kv, first_wanted = self._open[row.session].kv, len(row.ids) - row.want
-        for start, end in pairwise(self._cuts(row.position, len(row.ids))):
-            yield Part(kv, row.position + start, row.ids[start:end], max(end - max(start, first_wanted), 0))
 
-    def _cuts(self, position: int, count: int) -> list[int]:
-        """Where `count` ids at `position` are cut for the runs: 0, …, count."""
-        return [*range(0, count, CHUNK), count]
+class LocalStage(Generic[KV]):
+    """A range of a local model's layers as a `Stage`; see engines/base.py."""
+
+    def __init__(self, model: LocalModel[KV], layers: range) -> None:
+        self.name, self.layers, self.hidden = model.name, layers, model.card.hidden
+        self.context, self.slots = model.context, model.slots
+        self._model = model
+        self._sessions = model._new_slots()
+        self.check_layers(layers)
+
+    def check_layers(self, layers: range) -> None:
+        """UsageError if a session cannot have them."""
+        inside = self.layers.start <= layers.start < layers.stop <= self.layers.stop and layers.step == 1
+        ends = [layer for layer in (layers.start, layers.stop) if not self._model.cuts_at(layer)]
+        if not inside:
+            raise UsageError(
+                f"layers {layers.start} to {layers.stop} are wanted of {self.name}",
+                hint=f"this stage holds {self.layers.start} to {self.layers.stop}",
+            )
+        if ends:
+            allowed = [n for n in range(self._model.card.layers + 1) if self._model.cuts_at(n)]
+            raise UsageError(f"{self.name} cannot be cut at layer {ends[0]} here", hint=f"it can at {allowed}")
+
+    async def open(self, session: str, limit: int, layers: range) -> None:
+        self._model.check_alive()
+        self.check_layers(layers)
+        self._sessions.open(session, limit, layers)
+
+    async def forward(self, rows: Sequence[StageRow]) -> list[FloatArray]:
+        self._model.check_alive()
+        for row in rows:
+            if row.hidden.shape[1:] != (self.hidden,) or row.hidden.dtype != np.float32:
+                raise ValueError(f"hidden states must be float32 [n, {self.hidden}], the row has {row.hidden.shape}")
+        ends = list(accumulate((row.want for row in rows), initial=0))
+        out, done = np.empty((ends[-1], self.hidden), np.float32), 0
+        for parts in self._sessions.appending(rows):
+            hidden = self._model.run(parts, np.concatenate([part.values for part in parts], dtype=np.float32))
+            want = sum(part.want for part in parts)
+            out[done : done + want] = hidden[:want]
+            done += want
+        return [out[start:end] for start, end in pairwise(ends)]
+
+    def length(self, session: str) -> int:
+        """Positions that the session holds; KeyError if it is not open."""
+        return self._sessions.length(session)
+
+    async def rewind(self, session: str, position: int) -> None:
+        self._sessions.rewind(session, position)
+
+    async def close(self, session: str) -> None:
+        self._sessions.close(session)
+
+    async def shutdown(self) -> None:
+        self._sessions.clear()

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from edgewise.engines import packed
-from edgewise.engines.local import CHUNK, LocalModel, Part, fixed_threads, untouched
+from edgewise.engines.local import LocalModel, fixed_threads, untouched
+from edgewise.engines.slots import CHUNK, Part
 from edgewise.errors import BundleError, EngineError, UsageError
 from edgewise.models.bundle import MANIFEST, Bundle, sha256
 from edgewise.models.card import Card, Rope
@@ -201,15 +202,27 @@ class NativeLM(LocalModel[_Memory]):
             return next(map(_not_quantized, dense), None)
         return reason
 
-    def _new_kv(self) -> _Memory:
+    @property
+    def numerics(self) -> str:
+        return f"native {probe()}"
+
+    def new_kv(self) -> _Memory:
         with _enough_memory():
             return self._weights.new_kv()
 
-    def _compute(self, parts: Sequence[Part[_Memory]], out: FloatArray) -> None:
+    def embed(self, ids: IdArray) -> FloatArray:
+        return self._weights.embedded(ids)
+
+    def run(self, parts: Sequence[Part[_Memory]], hidden: FloatArray) -> FloatArray:
         """All at once: reading the weights is most of what a row costs, and it is paid once."""
-        hidden = self._weights.run(parts)[: len(out)]
-        if len(out):
-            self._weights.project(hidden, out)
+        self._weights.run(parts, hidden)
+        return hidden
+
+    def project(self, hidden: FloatArray, out: FloatArray) -> None:
+        self._weights.project(hidden, out)
+
+    def cuts_at(self, layer: int) -> bool:
+        return 0 <= layer <= self.card.layers
 
     def _release(self) -> None:
         self._weights.close()
@@ -252,26 +265,37 @@ class _Weights:
         entries = (_KV * card.layers)(*(_KV(keys.ctypes.data, values.ctypes.data) for keys, values in arrays))
         return _Memory(arrays, entries)
 
-    def run(self, parts: Sequence[Part[_Memory]]) -> FloatArray:
-        """Append the parts to their sessions; hidden states before the final norm, of the wanted ids first."""
+    def run(self, parts: Sequence[Part[_Memory]], hidden: FloatArray) -> None:
+        """Append the parts to their sessions; `hidden` goes through their layers in place, the wanted come first."""
         for turns in self._turns.values():
-            turns.reach(max(part.position + len(part.ids) for part in parts))
-        hidden = self._embedded(np.concatenate([part.ids for part in parts], dtype=np.int64))
-        if self._card.embedding_scale != 1:
-            hidden *= np.float32(self._card.embedding_scale)
-        sessions = (_Session(part.kv.entries, part.position, len(part.ids), part.want) for part in parts)
+            turns.reach(max(part.position + len(part.values) for part in parts))
+        layers = parts[0].layers
+        sessions = (
+            _Session(
+                c.cast(c.byref(part.kv.entries, layers.start * c.sizeof(_KV)), c.POINTER(_KV)),
+                part.position,
+                len(part.values),
+                part.want,
+            )
+            for part in parts
+        )
         self._library.ew_layers(
             c.byref(self._numbers),
-            self._layers,
-            len(self._layers),
+            c.byref(self._layers, layers.start * c.sizeof(_Layer)),
+            len(layers),
             self._space,
             (_Session * len(parts))(*sessions),
             len(parts),
             hidden.ctypes.data,
         )
+
+    def embedded(self, ids: IdArray) -> FloatArray:
+        hidden = self._rows(ids)
+        if self._card.embedding_scale != 1:
+            hidden *= np.float32(self._card.embedding_scale)
         return hidden
 
-    def _embedded(self, ids: IdArray) -> FloatArray:
+    def _rows(self, ids: IdArray) -> FloatArray:
         if self._table is not None:
             return self._table.rows(ids).dense()
         rows = np.empty((len(ids), self._card.hidden), np.float32)

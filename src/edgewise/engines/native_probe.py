@@ -10,7 +10,7 @@ from functools import cache
 from typing import Final
 
 from edgewise.engines import native_lm
-from edgewise.engines.local import CHUNK
+from edgewise.engines.slots import CHUNK
 from edgewise.errors import EngineError
 
 Kernel = Callable[[int], float]

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edgewise.engines.local import CHUNK, LocalModel, Part, untouched
+from edgewise.engines.local import LocalModel, untouched
 from edgewise.engines.onnx_process import failed, shared_options
+from edgewise.engines.slots import CHUNK, Part
 from edgewise.errors import BundleError
 from edgewise.models.bundle import BlockEntry, Bundle
 from edgewise.settings import Mode, ModelSettings
-from edgewise.types import FloatArray
+from edgewise.types import FloatArray, IdArray
 
 DEFAULTS = ModelSettings()
 ROW_TILE = 16  # kernels work on tiles of so many rows, or of a multiple
@@ -75,11 +76,12 @@ class _KV:
 
 
 class _Blocks:
-    """Decoder layers first..last over a run of block graphs: hidden in, hidden out. The local half of a Stage."""
+    """Decoder layers over a run of block graphs: hidden in, hidden out."""
 
     def __init__(self, bundle: Bundle, entries: Sequence[BlockEntry], capacity: int, mode: Mode) -> None:
         self.card = bundle.card
         self.layers = range(entries[0].first, entries[-1].last + 1)
+        self.starts = {entry.first: n for n, entry in enumerate(entries)} | {self.layers.stop: len(entries)}
         self._entries = entries
         self._capacity = capacity
         with _attention_tiles(mode == "fast"):
@@ -98,18 +100,20 @@ class _Blocks:
         layers = [[_value(untouched(np.float32, *shape)) for _ in range(2)] for _ in self.layers]
         return _KV([(keys, values) for keys, values in layers])
 
-    @property
-    def entry(self) -> FloatArray:
-        """Where the first block reads, float32 [CHUNK, hidden]: the caller writes its rows here."""
-        return self._buffers[0]
+    def entry(self, layer: int) -> FloatArray:
+        """Where the block that begins with `layer` reads, float32 [CHUNK, hidden]: the caller writes its rows here."""
+        return self._buffers[self.starts[layer] % 2]
 
-    def run(self, kv: _KV, position: int, rows: int) -> FloatArray:
-        """Append `rows` rows of `entry` at `position`; their hidden states [rows, hidden], valid until the next run."""
+    def run(self, kv: _KV, layers: range, position: int, rows: int) -> FloatArray:
+        """Append `rows` rows of the entry of `layers` at `position`; their hidden states [rows, hidden], valid until
+        the next run."""
         self._last_position[0] = position + rows - 1
         self._length[()] = position + rows
-        for session, binding in zip(self._sessions, self._bindings(kv, rows), strict=True):
+        first, end = self.starts[layers.start], self.starts[layers.stop]
+        bindings = self._bindings(kv, rows)
+        for session, binding in zip(self._sessions[first:end], bindings[first:end], strict=True):
             session.run_with_iobinding(binding)
-        return self._buffers[len(self._sessions) % 2][:rows]
+        return self._buffers[end % 2][:rows]
 
     def _bindings(self, kv: _KV, rows: int) -> list[ort.IOBinding]:
         if rows not in kv.bindings:
@@ -152,38 +156,46 @@ class OnnxLM(LocalModel[_KV]):
         self._blocks = _Blocks(bundle, graphs.blocks, self.context + 1, mode)  # room for the padding row
         self._head = _session(bundle, graphs.head)
 
-    def _new_kv(self) -> _KV:
+    @property
+    def numerics(self) -> str:
+        return f"onnxruntime {ort.__version__} {self.mode}"
+
+    def new_kv(self) -> _KV:
         return self._blocks.new_kv()
 
-    def _cuts(self, position: int, count: int) -> list[int]:
-        cuts = super()._cuts(position, count)
-        if self.mode == "stable" and self.card.head_dim > WIDE_HEAD and position < EARLY < position + count:
-            cuts = sorted({*cuts, EARLY - position})
-        return cuts
+    def cuts_at(self, layer: int) -> bool:
+        return layer in self._blocks.starts
+
+    def _cuts(self, position: int, count: int) -> Sequence[int]:
+        early = self.mode == "stable" and self.card.head_dim > WIDE_HEAD and position < EARLY < position + count
+        return (EARLY - position,) if early else ()
 
     def _rows(self, count: int) -> int:
         """Rows to compute for that many."""
         return count + 1 if self.mode == "stable" and count % ROW_TILE == 1 else count
 
-    def _compute(self, parts: Sequence[Part[_KV]], out: FloatArray) -> None:
+    def embed(self, ids: IdArray) -> FloatArray:
+        return _call(self._embed, {"ids": ids})
+
+    def run(self, parts: Sequence[Part[_KV]], hidden: FloatArray) -> FloatArray:
         """One after the other: the graphs take the rows of one session."""
-        done = 0
+        done = wanted = 0
         for part in parts:
-            hidden = self._hidden(part)
-            if part.want:
-                self._project(hidden[len(part.ids) - part.want :], out[done : done + part.want])
-            done += part.want
+            count = len(part.values)
+            rows = self._rows(count)
+            entry = self._blocks.entry(part.layers.start)
+            entry[:count] = hidden[done : done + count]
+            entry[count:rows] = entry[count - 1]  # a padding row repeats one; its KV lies beyond the length
+            try:
+                result = self._blocks.run(part.kv, part.layers, part.position, rows)
+            except Exception as e:
+                raise failed(e) from e
+            done += count
+            hidden[wanted : wanted + part.want] = result[count - part.want : count]
+            wanted += part.want
+        return hidden[:wanted]
 
-    def _hidden(self, part: Part[_KV]) -> FloatArray:
-        rows = self._rows(len(part.ids))
-        padded = np.resize(part.ids, rows)  # a padding row repeats an id; its KV lies beyond the length
-        self._blocks.entry[:rows] = _call(self._embed, {"ids": padded})
-        try:
-            return self._blocks.run(part.kv, part.position, rows)[: len(part.ids)]
-        except Exception as e:
-            raise failed(e) from e
-
-    def _project(self, hidden: FloatArray, out: FloatArray) -> None:
+    def project(self, hidden: FloatArray, out: FloatArray) -> None:
         rows = self._rows(len(hidden))
         padded = hidden if len(hidden) == rows else np.resize(hidden, (rows, hidden.shape[1]))
         out[:] = _call(self._head, {"hidden": padded})[: len(hidden)]
