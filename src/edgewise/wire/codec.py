@@ -15,11 +15,19 @@ import numpy.typing as npt
 
 from edgewise.errors import CodecOverflow, RemoteBroken, UsageError
 from edgewise.types import FloatArray
-from edgewise.wire.rotation import padded, rotate, unrotate
+from edgewise.wire.escapes import BYTES, UNITS, found, most_escapes, packed, unpacked
+from edgewise.wire.rice import finest_steps, read, step_sizes, written
+from edgewise.wire.rotation import growth, padded, rotate, unrotate
 
 ByteArray = npt.NDArray[np.uint8]
 HALF_LIMIT: Final = float(np.finfo(np.float16).max)
 LARGEST: Final = np.finfo(np.float32).max
+HEAD: Final = 4  # bytes: exponent, number of escapes, step (2)
+SIDE: Final = 12  # bytes: the head, and what lets the numbers have a little more than their bits
+EXPONENT_BIAS: Final = 127
+UNIT_BITS: Final = UNITS.bit_length() - 1
+LARGEST_STEP: Final = np.float32(256)
+BELOW_ONE: Final = np.nextafter(np.float32(1), np.float32(0))
 
 
 class Codec(Protocol):
@@ -90,44 +98,75 @@ class Half:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
-    """Whole numbers of `bits` of the rotated row, and one step."""
+class Coded:
+    """The rotated row in whole steps of one size, as fine as the row's bytes have room for; its largest numbers beside
+    it."""
 
     name: str
     number: int
-    bits: int
+    bits: int  # of a number, about
+    low: int  # see rice.py
 
     def row_bytes(self, width: int) -> int:
-        return padded(width) * self.bits // 8 + 12
+        return padded(width) * self.bits // 8 + SIDE
 
     def encode(self, rows: FloatArray) -> ByteArray:
         _largest(rows, self.name)
-        most = (1 << (self.bits - 1)) - 1
-        exponents = np.frexp(np.abs(rows).max(axis=1, initial=0))[1]
-        turned = rotate(np.ldexp(rows, -exponents[:, None]))
-        steps = np.maximum(np.abs(turned).max(axis=1) / np.float32(most), np.float32(1e-30))
-        codes = (np.rint(turned / steps[:, None]) + np.float32(most + 1)).astype(np.uint8)
-        out = np.zeros((len(rows), self.row_bytes(rows.shape[1])), np.uint8)
-        out[:, :2] = exponents.astype("<i2")[:, None].view(np.uint8)
-        out[:, 4:8] = steps.astype("<f4")[:, None].view(np.uint8)
-        out[:, 12:] = codes if self.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+        count, width = rows.shape
+        row_bytes, size = self.row_bytes(width), padded(width)
+        out = np.zeros((count, row_bytes), np.uint8)
+        if not out.size:
+            return out
+        exponents = np.maximum(np.frexp(np.abs(rows).max(axis=1))[1], -EXPONENT_BIAS)
+        units = np.ldexp(rows, UNIT_BITS - exponents[:, None]).astype(np.int64)
+        escapes = found(units, size)
+        units[escapes.rows, escapes.channels] -= escapes.values
+        turned = rotate(units.astype(np.float64))
+        magnitudes = (np.abs(turned) * (1 / (growth(size) * UNITS))).astype(np.float32)
+        counts = escapes.counts(count)
+        steps = finest_steps(magnitudes, self._room(row_bytes, counts), self.low)
+        out[:, 0] = exponents + EXPONENT_BIAS
+        out[:, 1] = counts
+        out[:, 2:HEAD] = steps.astype("<u2")[:, None].view(np.uint8)
+        out[:, HEAD:] = written(turned < 0, magnitudes, steps, self.low, 8 * (row_bytes - HEAD))
+        out[_places(counts, row_bytes)] = packed(escapes, width)
         return out
 
     def decode(self, payload: ByteArray, width: int) -> FloatArray:
-        _check(payload, self.row_bytes(width), self.name)
-        most = (1 << (self.bits - 1)) - 1
-        exponents = np.ascontiguousarray(payload[:, :2]).view("<i2")[:, 0].astype(np.int32)
-        steps = _finite(np.ascontiguousarray(payload[:, 4:8]).view("<f4").astype(np.float32), self.name)
-        codes = payload[:, 12:]
-        if self.bits == 4:
-            codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(payload), -1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            turned = (codes.astype(np.float32) - np.float32(most + 1)) * np.minimum(np.abs(steps), np.float32(1))
-            rows = np.ldexp(unrotate(turned, width), exponents[:, None])
-        return np.clip(rows, -LARGEST, LARGEST)
+        row_bytes, size = self.row_bytes(width), padded(width)
+        _check(payload, row_bytes, self.name)
+        counts = payload[:, 1].astype(np.int64)
+        steps = step_sizes(np.ascontiguousarray(payload[:, 2:HEAD]).view("<u2")[:, 0])
+        most = most_escapes(size)
+        if counts.max(initial=0) > most or not (steps <= LARGEST_STEP).all():
+            raise RemoteBroken(
+                f"rows of {self.name} came with {counts.max()} escapes and steps up to {steps.max()}, "
+                f"allowed are {most} and {LARGEST_STEP}"
+            )
+        places = _places(counts, row_bytes)
+        escapes = unpacked(places[0][:, 0], payload[places], width)
+        halves = read(payload[:, HEAD:], self._room(row_bytes, counts), self.low, size)
+        rows = unrotate(halves.astype(np.float64), width) * (steps.astype(np.float64) / (2 * growth(size)))[:, None]
+        rows[escapes.rows, escapes.channels] += escapes.values / UNITS
+        exponents = payload[:, :1].astype(np.int32) - EXPONENT_BIAS
+        return np.ldexp(np.clip(rows.astype(np.float32), -BELOW_ONE, BELOW_ONE), exponents)
+
+    @staticmethod
+    def _room(row_bytes: int, escapes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Bits for the numbers."""
+        return 8 * (row_bytes - HEAD - BYTES * escapes)
 
 
-_CODECS: Final[Mapping[str, Codec]] = {c.name: c for c in (Exact(), Half(), Scaled("int8", 2, 8), Scaled("int4", 3, 4))}
+def _places(counts: npt.NDArray[np.int64], row_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows [k, 1] and bytes [k, BYTES] of all escapes, row by row; in a row the first stands last."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows[:, None], (row_bytes - BYTES * (nth + 1))[:, None] + np.arange(BYTES)
+
+
+_CODECS: Final[Mapping[str, Codec]] = {
+    c.name: c for c in (Exact(), Half(), Coded("int8", 2, 8, 5), Coded("int4", 3, 4, 1))
+}
 _NUMBERED: Final[Mapping[int, Codec]] = {c.number: c for c in _CODECS.values()}
 
 
