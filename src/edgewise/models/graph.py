@@ -8,8 +8,10 @@ Bodies of If, Loop and Scan stay whole.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -113,6 +115,11 @@ class Graph:
             _types={info.name: info for info in _inferred(model)},
         )
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the model with its weights, in hexadecimal: that both sides cut the same one."""
+        return hashlib.sha256(self._model.SerializeToString(deterministic=True)).hexdigest()
+
     def crossing(self, edge: Set[int]) -> tuple[str, ...]:
         """The tensors that the units outside `edge` read and do not make, in the order in which they are made.
         UsageError if `edge` is not closed: a unit in it reads what one outside makes."""
@@ -174,6 +181,12 @@ class Graph:
         front = self._half(edge, tuple(dict.fromkeys((*self._made(crossing), *early)))) if edge else None
         back = self._half(cloud, late) if late else None
         return Halves(front, back, crossing, early, late)
+
+    def weight_bytes(self, edge: Set[int]) -> int:
+        """Of the weights that these units read, as they lie in the file; shared ones count for each side."""
+        nodes, _ = self._parts.needed(self._model.graph, edge, ())
+        used = {name for node in nodes for name in reads(node)}
+        return sum(one.ByteSize() for one in self._model.graph.initializer if one.name in used)
 
     def exposed(self, tensors: Iterable[str]) -> ModelProto:
         """The whole file, giving these tensors too."""

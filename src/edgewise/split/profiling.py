@@ -1,0 +1,210 @@
+"""Measuring a profile (split/profile.py): what crosses at each cut, and the seconds of both halves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgewise.devices.links import link_named
+from edgewise.devices.machine import this_machine
+from edgewise.engines.onnx_part import OnnxPart
+from edgewise.errors import CodecOverflow, UsageError
+from edgewise.models.graph import Graph
+from edgewise.plan.mincut import sweep
+from edgewise.split.halves import Halves, checked
+from edgewise.split.profile import Coding, CutProfile, Profile, TensorProfile, UnitProfile
+from edgewise.wire.feature import HEADER_BYTES, decode, encode
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+Edge = frozenset[int]
+Tell = Callable[[str], None]
+
+CODECS: Final = ("fp16", "int8", "int6", "int4")
+WIDEST: Final = 8  # tensors that cross
+ROUNDS: Final = 9
+TOGETHER: Final = 12  # cuts whose halves are in memory at once
+SLOWNESS: Final = (1.0, 3.0, 10.0)  # of an edge, for which cuts are proposed
+JUDGED: Final = 8  # inputs that an error is made of
+
+
+def profiled(
+    graph: Graph,
+    inputs: Sequence[Tensors],
+    *,
+    upload: Mapping[str, Coding] | None = None,
+    codecs: Sequence[str] = CODECS,
+    rounds: int = ROUNDS,
+    tell: Tell = lambda doing: None,
+) -> Profile:
+    """The profile of a file on this machine: of every cut along its order, and of those that min-cuts propose. Each of
+    `inputs` is one request's, of the shapes that the graph was opened with; `upload` says what the cloud alone is sent
+    in place of an input. Takes some thirty times as many runs of the whole file as there are cuts. UsageError without
+    inputs."""
+    if not inputs:
+        raise UsageError("no inputs were given to measure with", hint="give a few that are like those to come")
+    bench = _Bench(graph, [checked(graph, one) for one in inputs], codecs, rounds, tell)
+    cuts = bench.cuts([edge for edge, _ in graph.chain(WIDEST)])
+    machine = this_machine()
+    first = Profile(
+        model=graph.name,
+        digest=graph.digest,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine={"cpu": machine.cpu, "cores": machine.cores, "system": machine.system},
+        versions={library: version(library) for library in ("edgewise", "numpy", "onnxruntime")},
+        inputs=len(inputs),
+        upload=dict(upload or {}),
+        units=_units(graph, cuts),
+        tensors=bench.tensors(),
+        cuts=tuple(cuts.values()),
+        results=bench.results(),
+    )
+    more = bench.cuts([edge for edge in _proposed(first) if edge not in cuts])
+    return msgspec.structs.replace(first, cuts=(*first.cuts, *more.values()))
+
+
+class _Bench:
+    """A graph, the inputs that it is measured with, and what is the same for all cuts."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[Tensors], codecs: Sequence[str], rounds: int, tell: Tell) -> None:
+        self._graph, self._inputs, self._codecs, self._rounds, self._tell = graph, inputs, codecs, rounds, tell
+        self._whole = Halves(graph, frozenset())
+        self._outputs = [self._whole.back(one) for one in inputs]
+        self._whole_s: float | None = None
+
+    # Times
+
+    def cuts(self, edges: Sequence[Edge]) -> dict[Edge, CutProfile]:
+        found = {}
+        for start in range(0, len(edges), TOGETHER):
+            halves = [Halves(self._graph, edge) for edge in edges[start : start + TOGETHER]]
+            self._tell(f"cuts {start + 1} to {start + len(halves)} of {len(edges)}")
+            for one, (front_s, back_s) in zip(halves, self._seconds(halves), strict=True):
+                found[one.edge] = CutProfile(
+                    f"{sum(1 << number for number in one.edge):x}",
+                    one.crossing,
+                    front_s,
+                    back_s,
+                    self._graph.weight_bytes(one.edge),
+                    {codec: error for codec in self._codecs if (error := self._error(one, codec)) is not None},
+                )
+                one.close()
+        return found
+
+    def _seconds(self, halves: Sequence[Halves]) -> list[tuple[float, float]]:
+        """Of the two halves of each. All take turns, the whole file among them: what slows the machine down for a while
+        slows all of them, and is seen by the whole."""
+        calls = [self._whole.runs(self._inputs[0])[1], *(call for one in halves for call in one.runs(self._inputs[0]))]
+        taken = [[_timed(call) for call in calls] for _ in range(self._rounds + 1)][1:]  # the first warms up
+        whole_s, *seconds = (float(one) for one in np.median(taken, axis=0))
+        self._whole_s = self._whole_s or whole_s
+        scaled = [one * self._whole_s / whole_s for one in seconds]
+        return list(zip(scaled[::2], scaled[1::2], strict=True))
+
+    # What crosses
+
+    def tensors(self) -> tuple[TensorProfile, ...]:
+        """Of all that may cross somewhere, and of the outputs; the file is run once an input for it."""
+        graph = self._graph
+        names = [one.name for one in graph.tensors.values() if one.dtype and (one.readers or one.name in graph.outputs)]
+        self._tell(f"{len(names)} tensors")
+        part = OnnxPart(graph.exposed(names))
+        seen = [{**one, **part.run(one)} for one in self._inputs]
+        part.close()
+        return tuple(self._tensor(name, [one[name] for one in seen]) for name in names)
+
+    def _tensor(self, name: str, values: Sequence[Array]) -> TensorProfile:
+        tensor = self._graph.tensors[name]
+        return TensorProfile(
+            name,
+            tensor.producer,
+            tensor.readers,
+            str(values[0].dtype),
+            values[0].shape,
+            values[0].nbytes,
+            {codec: coding for codec in self._codecs if (coding := _coding(name, values, codec)) is not None},
+        )
+
+    def results(self) -> dict[str, float]:
+        """Bytes of each output."""
+        return {
+            name: float(np.mean([len(encode({name: one[name]}, "exact")) - HEADER_BYTES for one in self._outputs]))
+            for name in self._graph.outputs
+        }
+
+    def _error(self, halves: Halves, codec: str) -> float | None:
+        """None if the codec cannot hold what crosses. Nothing does at one end, and the file's inputs at the other: the
+        cloud alone is not sent features."""
+        if not halves.edge or not halves.crossing:
+            return 0.0
+        off, spread = 0.0, 0.0
+        for given, outputs in zip(self._inputs[:JUDGED], self._outputs, strict=False):
+            crossing, early = halves.front(given)
+            try:
+                received = decode(encode(crossing, codec))
+            except CodecOverflow:
+                return None
+            found = {**early, **halves.back(received)}
+            for name, value in outputs.items():
+                exact = value.astype(np.float64)
+                off += float(((found[name] - exact) ** 2).sum())
+                spread += float(((exact - exact.mean()) ** 2).sum())
+        return off / spread if spread else 0.0
+
+
+def _timed(call: Callable[[], object] | None) -> float:
+    if call is None:
+        return 0.0
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _coding(name: str, values: Sequence[Array], codec: str) -> Coding | None:
+    """None if the codec cannot hold them."""
+    sizes, encode_s, decode_s = [], [], []
+    for value in values:
+        began = time.perf_counter()
+        try:
+            payload = encode({name: value}, codec)
+        except CodecOverflow:
+            return None
+        between = time.perf_counter()
+        decode(payload)
+        decode_s.append(time.perf_counter() - between)
+        encode_s.append(between - began)
+        sizes.append(len(payload) - HEADER_BYTES)
+    return Coding(float(np.mean(sizes)), float(np.median(encode_s)), float(np.median(decode_s)))
+
+
+# Units, and the cuts that they propose
+
+
+def _units(graph: Graph, cuts: Mapping[Edge, CutProfile]) -> tuple[UnitProfile, ...]:
+    """A unit's seconds are those by which front halves differ; units between two cuts share them. Only to propose cuts:
+    what is chosen was measured."""
+    counts = sorted(len(edge) for edge in cuts)
+    ends_s = np.maximum.accumulate([cuts[frozenset(range(count))].front_s for count in counts])
+    seconds = [0.0] * len(graph.units)
+    for (first, last), (before_s, after_s) in zip(pairwise(counts), pairwise(ends_s), strict=True):
+        for number in range(first, last):
+            seconds[number] = float(after_s - before_s) / (last - first)
+    return tuple(UnitProfile(unit.name, unit.operators, one) for unit, one in zip(graph.units, seconds, strict=True))
+
+
+def _proposed(profile: Profile) -> list[Edge]:
+    """The cuts that are the best by sums over some uplink, for some codec and slowness of the edge."""
+    found: dict[Edge, None] = {}
+    for codec in profile.codecs:
+        for slow in SLOWNESS:
+            table = sweep(profile.dag(codec, edge=slow), link_named("cable"))
+            found |= dict.fromkeys(frozenset(map(int, way.edge)) for way in table.unmeasured)
+    return list(found)
