@@ -130,7 +130,7 @@ def test_a_round_trip_is_not_shorter_than_the_link_says() -> None:
             for trips in (2, 3):  # the first byte comes back after two: one opens the connection
                 sock.sendall(b"x")
                 assert sock.recv(1) == b"x"
-                assert time.monotonic() - began_s >= 0.1 * trips
+                assert time.monotonic() - began_s >= 0.099 * trips
 
 
 def test_bytes_are_not_faster_than_the_rate() -> None:
@@ -140,7 +140,7 @@ def test_bytes_are_not_faster_than_the_rate() -> None:
         other.sendall(bytes(10_000))
         exactly(one, 10_000)
         exactly(other, 10_000)
-        assert time.monotonic() - began_s >= 0.4  # the two share the line
+        assert time.monotonic() - began_s >= 0.399  # the two share the line
 
 
 def test_one_side_may_end_before_the_other() -> None:

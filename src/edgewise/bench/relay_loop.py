@@ -28,7 +28,8 @@ from edgewise.errors import UsageError
 READ_BYTES: Final = 1 << 18
 SLACK_BYTES: Final = 16 << 10  # a sender may be ahead of what is under way by this,
 SLACK_S: Final = 0.01  # or by what the link carries in this time
-SPIN_BELOW_RTT_S: Final = 0.02  # of a longer round trip the last 100 us are not worth a busy core
+SEND_S: Final = 0.000_01  # from the call to the bytes at the sink's kernel, so it is made so much earlier
+SPIN_BELOW_RTT_S: Final = 0.03  # of a longer round trip the last 100 us are not worth a busy core
 NOTHING: Final = memoryview(b"")
 
 Address = tuple[int, Any]  # of socket.getaddrinfo: family and what connect() takes
@@ -192,7 +193,8 @@ class Loop:
                 self._deliver(connection, pipe)
         timers = (self._timers[0][0],) if self._timers else ()
         pipes = [] if self._stalled else [pipe for connection in self._connections for pipe in connection.pipes]
-        return min((*timers, *(p.packets[0].due_s for p in pipes if p.packets and not p.blocked)), default=math.inf)
+        heads = (p.packets[0].due_s - SEND_S for p in pipes if p.packets and not p.blocked)
+        return min((*timers, *heads), default=math.inf)
 
     def _adopt(self, profile: LinkProfile) -> None:
         for direction, rate in ((self.up, profile.up_bytes_per_s), (self.down, profile.down_bytes_per_s)):
@@ -324,7 +326,7 @@ class Loop:
     def _deliver(self, connection: Connection, pipe: Pipe) -> None:
         """All that is due, as far as the sink takes it."""
         delivered = False
-        while pipe.packets and not pipe.blocked and not self._stalled and pipe.packets[0].due_s <= now_s():
+        while pipe.packets and not pipe.blocked and not self._stalled and pipe.packets[0].due_s - SEND_S <= now_s():
             delivered = True
             packet = pipe.packets[0]
             if packet.sign is Sign.DATA:
