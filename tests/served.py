@@ -18,7 +18,7 @@ MODELS = ("auto", "edge", "cloud", "maker/model:q4")
 
 
 class Served:
-    """`with Served(generator, key=…)`: the app over it runs; leaving stops it and waits for its end."""
+    """`with Served(generator, keys=[…])`: the app over it runs; leaving stops it and waits for its end."""
 
     def __init__(self, generator: Generator, *, send_s: float = 120.0, **options: Any) -> None:
         app = create_app(generator, **({"models": MODELS, "route": "edge"} | options))

@@ -25,7 +25,9 @@
         ├── Unreachable         no connection, or it broke
         ├── RemoteTimeout       connected, but silent for too long
         ├── RemoteRefused       it said no: credentials, quota, a bad request
-        └── RemoteBroken        it answered, but with 5xx or with nonsense
+        ├── RemoteBroken        it answered, but with 5xx or with nonsense
+        │   └── BadFrame        bytes that break the rules of a frame
+        └── TailLost            a split model's worker is gone, and its layers are not here
 
 A message says what happened, the value seen, what is allowed and what to do (`hint`).
 `retryable` says whether the same call may succeed later without any change.
@@ -197,5 +199,21 @@ class RemoteRefused(RemoteError):
 
 class RemoteBroken(RemoteError):
     """The other side answered with a server error or with nonsense."""
+
+    retryable = True
+
+
+class BadFrame(RemoteBroken):
+    """Bytes that break the rules of docs/formats/frames.md; `code` is the reason as that page names it."""
+
+    retryable = False
+
+    def __init__(self, message: str, *, code: str = "frame") -> None:
+        super().__init__(message, hint="is the other side Edgewise, of a version that fits?")
+        self.code = code
+
+
+class TailLost(RemoteError):
+    """The worker that holds the rest of a split model's layers is gone, and this device cannot run them itself."""
 
     retryable = True

@@ -52,6 +52,10 @@ def _url(raw: str) -> str:
     return raw.rstrip("/")
 
 
+def _urls(raw: str) -> str:
+    return ",".join(_url(part.strip()) for part in raw.split(","))
+
+
 def _variable(raw: str) -> str:
     if not VARIABLE.fullmatch(raw):
         raise ValueError("the name of an environment variable is needed (A-Z, 0-9, _), never the secret itself")
@@ -138,6 +142,34 @@ class CloudSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitSettings:
+    """A worker that runs the last layers of the model, and how it is spoken to."""
+
+    url: str | None = _setting(
+        None, _urls, "addresses of workers (with commas between them) that run the model's last layers", "--split"
+    )
+    key_file: Path | None = _setting(None, _path, "a file whose first line is the workers' key", "--split-key-file")
+    ca: Path | None = _setting(None, _path, "certificates to trust for them instead of the system's", "--split-ca")
+    cut: int | None = _setting(
+        None, _whole(1, 4096), "layers that run here; unset: as few as the worker leaves, but a third", "--cut"
+    )
+    codec: str = _setting(
+        "auto",
+        _choice("auto", "exact", "fp16", "int8", "int4"),
+        "how the boundary is written; auto: the smallest that is known to keep to max_rise",
+        "--codec",
+    )
+    max_rise: float = _setting(0.01, _number(0, 1), "most that the perplexity may rise, for auto", "--max-rise")
+    head: str = _setting(
+        "cloud", _choice("cloud", "edge"), "where hidden states become tokens; edge takes hidden states back", "--head"
+    )
+    tail: bool = _setting(True, _flag, "whether the last layers may run here while no worker answers")
+    patience_s: float = _setting(
+        30.0, _number(0, 86_400), "seconds that a request waits for a worker where they may not"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class RouteSettings:
     """How the tier is chosen; at most one of the two."""
 
@@ -179,6 +211,11 @@ class ServeSettings:
     key_env: str | None = _setting(
         None, _variable, "name of the environment variable that holds the key which clients must send", "--key-env"
     )
+    key_file: Path | None = _setting(
+        None, _path, "a file of such keys, one a line, any of which opens; instead of key_env", "--key-file"
+    )
+    tls_cert: Path | None = _setting(None, _path, "a certificate chain in PEM form: serve https", "--tls-cert")
+    tls_key: Path | None = _setting(None, _path, "its private key", "--tls-key")
     choices: int = _setting(8, _whole(1, 128), "most answers to one request: n, times the prompts of a completion")
     send_s: float = _setting(
         120.0, _number(0.1, 86_400), "seconds, all in all, that an answer waits for a client that reads slowly"
@@ -193,6 +230,7 @@ class Settings:
     threads: int | None = _setting(None, _whole(1, 1024), "threads of the runtime; unset: one per core")
     model: ModelSettings = field(default_factory=ModelSettings)
     cloud: CloudSettings = field(default_factory=CloudSettings)
+    split: SplitSettings = field(default_factory=SplitSettings)
     route: RouteSettings = field(default_factory=RouteSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     log: LogSettings = field(default_factory=LogSettings)
@@ -247,6 +285,7 @@ def _leaves_of(item: Field[Any], prefix: str) -> Iterator[Leaf]:
 
 LEAVES: Mapping[str, Leaf] = {leaf.key: leaf for leaf in _leaves(Settings)}
 TABLES = {key.partition(".")[0] for key in LEAVES if "." in key}
+EXCLUSIVE = (("route.threshold", "route.policy"), ("serve.key_env", "serve.key_file"), ("cloud.url", "split.url"))
 BY_FLAG: Mapping[str, Leaf] = {flag: leaf for leaf in LEAVES.values() for flag in leaf.flags}
 
 
@@ -265,7 +304,8 @@ def load(
     if file is not None:
         found |= {key: new for key, new in _from_file(file).items() if new.rank > found[key].rank}
     found |= _from_flags(flags or {})
-    found |= _exclusive(found, "route.threshold", "route.policy")
+    for pair in EXCLUSIVE:
+        found |= _exclusive(found, *pair)
     return Loaded(_build(Settings, found), found, file)
 
 
@@ -279,6 +319,19 @@ def secret(variable: str | None, setting: str, environ: Mapping[str, str] | None
             f"{setting} names the environment variable {variable}, which is not set", hint=f"export {variable}=…"
         )
     return value
+
+
+def keys_of(file: Path) -> tuple[str, ...]:
+    """The keys of a key file: one a line, empty lines and those that begin with # left out. ConfigError if there is
+    none, or if it cannot be read; what it holds is never repeated."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot read the key file {file}: {type(e).__name__}", hint="one key a line, ASCII") from e
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys or any(" " in key for key in keys):
+        raise ConfigError(f"the key file {file} holds {len(keys)} keys", hint="one key a line, without spaces")
+    return keys
 
 
 def strays(loaded: Loaded, environ: Mapping[str, str] | None = None) -> list[str]:

@@ -114,6 +114,18 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The most probable tokens of n positions, best first: `ids` int64 [n, k] and natural log-probabilities under the
+    model's own softmax, float32 [n, k]. All that is known of logits which are elsewhere."""
+
+    ids: IdArray
+    logprobs: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens counted; `cached_tokens` of the prompt were reused from an earlier request's KV."""
 

@@ -79,7 +79,7 @@ def test_a_node_shows_every_figure() -> None:
 
 
 def test_a_key_is_sent_and_without_it_the_reason_is_told() -> None:
-    with Served(FakeGenerator(), key="secret") as served:
+    with Served(FakeGenerator(), keys=["secret"]) as served:
         assert measure(served.url, "secret").down_bytes_per_s is not None
         without = measure(served.url)
     assert without.down_bytes_per_s is None

@@ -513,7 +513,7 @@ def test_addresses_with_and_without_the_version(url: str, base: str) -> None:
 
 
 async def test_the_probe_lists_the_models() -> None:
-    with Served(FakeGenerator(), key=KEY) as served:
+    with Served(FakeGenerator(), keys=[KEY]) as served:
         async with engine(served.url, key=KEY) as it:
             assert await it.probe() == ["auto", "edge", "cloud", "maker/model:q4"]
         async with engine(served.url) as it:

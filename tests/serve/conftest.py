@@ -15,7 +15,7 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """`serve(generator, key=…, limits=…)` gives a running server; it ends with the test."""
+    """`serve(generator, keys=[…], limits=…)` gives a running server; it ends with the test."""
     with ExitStack() as stack:
 
         def start(generator: Generator | None = None, **options: Any) -> Served:

@@ -325,7 +325,7 @@ def test_wrong_paths_are_told_in_json(shared: Served, method: str, path: str, st
 
 
 def test_a_key_opens_all_but_the_probes(serve: Serve) -> None:
-    served = serve(key="s3cret")
+    served = serve(keys=["s3cret"])
     with client(served, api_key="s3cret") as api:
         assert api.chat.completions.create(model="auto", messages=HELLO).choices
     for wrong in ("s3cre", "s3crett", "S3CRET", ""):
@@ -487,7 +487,7 @@ def test_an_error_in_the_middle_is_an_event_and_no_end_mark(serve: Serve) -> Non
 
 def test_no_message_and_no_answer_gets_into_the_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
-    served = serve(FakeGenerator("the secret answer"), key="s3cret")
+    served = serve(FakeGenerator("the secret answer"), keys=["s3cret"])
     secret: Any = [{"role": "user", "content": "a secret question"}]
     auth = {"Authorization": "Bearer s3cret"}
     for fields in ({"stream": True}, {"stream": False}, {"tools": ["secret"]}, {"temperature": "secret"}):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from edgewise.bench.runs import Time, now
 from edgewise.engines.base import Row, Tokenizer, TokenModel
-from edgewise.types import FloatArray, Message
+from edgewise.types import Best, FloatArray, Message
 
 
 class Part(NamedTuple):
@@ -63,7 +63,7 @@ class WatchedModel:
     async def open(self, session: str, limit: int) -> None:
         await self._model.open(session, limit)
 
-    async def forward(self, rows: Sequence[Row]) -> list[FloatArray]:
+    async def forward(self, rows: Sequence[Row]) -> Sequence[FloatArray | Best]:
         start = now()
         logits = await self._model.forward(rows)
         parts = tuple(Part(row.session, row.position, len(row.ids), row.want) for row in rows)

@@ -12,14 +12,21 @@ import typer
 from edgewise.cli.options import (
     Cloud,
     CloudKeyEnv,
+    Codec,
     Config,
+    Cut,
     Debug,
     Edge,
+    Head,
     Json,
+    MaxRise,
     Mode,
     Policy,
     Privacy,
     Runtime,
+    Split,
+    SplitCa,
+    SplitKeyFile,
     Threshold,
     flags,
 )
@@ -64,6 +71,13 @@ def ask(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="the same seed draws the same answer")] = None,
     deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="answer within this time")] = None,
+    split: Split = None,
+    split_key_file: SplitKeyFile = None,
+    split_ca: SplitCa = None,
+    cut: Cut = None,
+    codec: Codec = None,
+    max_rise: MaxRise = None,
+    head: Head = None,
     config: Config = None,
     json: Json = False,
     debug: Debug = False,
@@ -79,11 +93,18 @@ def ask(
             privacy=privacy,
             runtime=runtime,
             mode=mode,
+            split=split,
+            split_key_file=split_key_file,
+            split_ca=split_ca,
+            cut=cut,
+            codec=codec,
+            max_rise=max_rise,
+            head=head,
         ),
         config=config,
     ).settings
 
-    from edgewise.cli.tiers import open_cascade
+    from edgewise.cli.tiers import open_edge
     from edgewise.engines.answer import check_request
     from edgewise.engines.base import EVERYTHING
     from edgewise.types import Message, Request, Sampling
@@ -110,7 +131,7 @@ def ask(
         deadline_ms=deadline_ms,
     )
     check_request(request, EVERYTHING)  # what no engine can do is refused before one is loaded
-    chunks = asyncio.run(_answer(open_cascade(settings), request, show=not json))
+    chunks = asyncio.run(_answer(open_edge(settings), request, show=not json))
     facts = _facts(chunks)
     if json:
         result(facts, "", as_json=True)

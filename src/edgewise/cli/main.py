@@ -30,6 +30,8 @@ from edgewise.cli import (
     rm,
     serve,
     show,
+    split_plan,
+    split_serve,
 )
 from edgewise.cli.options import Run
 from edgewise.cli.output import note
@@ -55,6 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 bench_verbs = typer.Typer(help="Measure, and read what other tools measured.", rich_markup_mode=None)
+split_verbs = typer.Typer(help="One model on two machines.", rich_markup_mode=None)
 settings_verbs = typer.Typer(help="The settings.", rich_markup_mode=None)
 
 app.command("pull")(pull.pull)
@@ -74,7 +77,10 @@ settings_verbs.command("show")(config.show)
 settings_verbs.callback()(config.config)
 bench_verbs.command("engines")(bench.engines)
 bench_verbs.command("import")(bench_import.import_)
+split_verbs.command("plan")(split_plan.plan)
+split_verbs.command("serve")(split_serve.serve)
 app.add_typer(bench_verbs, name="bench")
+app.add_typer(split_verbs, name="split")
 app.add_typer(settings_verbs, name="config")
 
 

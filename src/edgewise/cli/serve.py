@@ -13,6 +13,7 @@ from edgewise.cli.options import (
     Edge,
     Host,
     KeyEnv,
+    KeyFile,
     Log,
     LogTexts,
     Mode,
@@ -21,6 +22,8 @@ from edgewise.cli.options import (
     Privacy,
     Runtime,
     Threshold,
+    TlsCert,
+    TlsKey,
     flags,
 )
 from edgewise.settings import load
@@ -41,6 +44,9 @@ def serve(
     host: Host = None,
     port: Port = None,
     key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     config: Config = None,
     debug: Debug = False,
 ) -> None:
@@ -62,10 +68,13 @@ def serve(
             host=host,
             port=port,
             key_env=key_env,
+            key_file=key_file,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
         ),
         config=config,
     ).settings
 
-    from edgewise.cli.tiers import listen, open_cascade
+    from edgewise.cli.tiers import listen, open_edge
 
-    listen(settings, partial(open_cascade, keep_log=True), route="edge", wishes=("edge", "cloud"))
+    listen(settings, partial(open_edge, keep_log=True), route="edge", wishes=("edge", "cloud"))

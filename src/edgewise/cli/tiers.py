@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgewise.cli.output import note, progress
 from edgewise.errors import UsageError
-from edgewise.settings import DEFAULT_MODEL, CloudSettings, secret
+from edgewise.settings import DEFAULT_MODEL, CloudSettings, keys_of, secret
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from edgewise.joint.privacy import Rules
     from edgewise.joint.replay_log import ReplayLog
     from edgewise.models.bundle import Bundle
+    from edgewise.serve.run import Tls
+    from edgewise.serve.split import Split
     from edgewise.settings import Settings
+    from edgewise.split.worker import Worker
     from edgewise.types import Route, Wish
 
 
@@ -64,6 +67,11 @@ def _prepare(settings: Settings) -> None:
         _pull_default(settings)
 
 
+def open_edge(settings: Settings, *, keep_log: bool = False) -> Generator:
+    """What answers on this machine: a split model if the settings name workers, else the cascade."""
+    return open_cascade(settings, keep_log=keep_log) if settings.split.url is None else open_split(settings)
+
+
 def open_cascade(settings: Settings, *, keep_log: bool = False) -> Cascade:
     """The edge, and the cloud behind it if there is one. Whoever calls this closes the cascade, which closes both."""
     from edgewise.engines.openai import OpenAI
@@ -91,18 +99,21 @@ def open_cascade(settings: Settings, *, keep_log: bool = False) -> Cascade:
 
 
 def listen(
-    settings: Settings, open_it: Callable[[Settings], Generator], *, route: Route, wishes: tuple[str, ...]
+    settings: Settings,
+    open_it: Callable[[Settings], Generator],
+    *,
+    route: Route,
+    wishes: tuple[str, ...],
+    split: Callable[[Settings], Split | None] | None = None,
 ) -> None:
-    """Serve the generator that `open_it` makes until a signal comes. `wishes` are model names that ask for a tier."""
-    from edgewise.devices.address import is_loopback
+    """Serve the generator that `open_it` makes until a signal comes. `wishes` are model names that ask for a tier;
+    `split` makes what edges of a split model speak to."""
     from edgewise.joint.cascade import Cascade
     from edgewise.serve.app import create_app
     from edgewise.serve.exchange import Limits
     from edgewise.serve.run import run
 
-    key = secret(settings.serve.key_env, "--key-env")  # before the model is loaded: that takes a while
-    if key is None and not is_loopback(settings.serve.host):
-        note(f"{settings.serve.host} is open to others and asks for no key; --key-env NAME makes it")
+    keys, tls = doors(settings)  # before the model is loaded: that takes a while
     generator = open_it(settings)
     asyncio.run(_first_answer(generator, "edge" if "edge" in wishes else "auto"))
     cascade = generator if isinstance(generator, Cascade) else None
@@ -110,13 +121,83 @@ def listen(
         generator,
         models=("auto", *wishes, generator.name),
         route=route,
-        key=key,
+        keys=keys,
+        split=split(settings) if split else None,
         limits=Limits(choices=settings.serve.choices, send_s=settings.serve.send_s),
         breaker=cascade.breaker if cascade else None,
         log=cascade.log if cascade else None,
         rules=cascade.rules if cascade else None,
     )
-    run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s)
+    run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s, tls=tls)
+
+
+def listen_as_worker(settings: Settings, layers: range | None) -> None:
+    """Serve the last layers of the model until a signal comes."""
+    from edgewise.serve.app import create_worker_app
+    from edgewise.serve.run import run
+    from edgewise.serve.split import Split
+
+    keys, tls = doors(settings)
+    worker = open_worker(settings, layers, inline=True)
+    app = create_worker_app(Split(lambda: worker), keys=keys)
+    run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s, tls=tls)
+
+
+def doors(settings: Settings) -> tuple[tuple[str, ...], Tls | None]:
+    """The keys that open this node, and the certificate that it shows."""
+    from edgewise.devices.address import is_loopback
+    from edgewise.serve.run import Tls
+
+    serve = settings.serve
+    key = secret(serve.key_env, "--key-env")
+    keys = (key,) if key is not None else () if serve.key_file is None else keys_of(serve.key_file)
+    if not keys and not is_loopback(serve.host):
+        note(f"{serve.host} is open to others and asks for no key; --key-env NAME or --key-file FILE makes it")
+    if (serve.tls_cert is None) != (serve.tls_key is None):
+        raise UsageError("one of --tls-cert and --tls-key is missing", hint="https needs both")
+    return keys, None if serve.tls_cert is None or serve.tls_key is None else Tls(serve.tls_cert, serve.tls_key)
+
+
+def open_worker(settings: Settings, layers: range | None = None, *, inline: bool = False) -> Worker:
+    """The last layers of this machine's model, for edges that run its first. A model of its own: it computes beside
+    what else this process serves, and shares the memory of the weights."""
+    from edgewise.engines.load import local_model
+    from edgewise.split.worker import Worker
+
+    bundle, model = local_bundle(settings), settings.model
+    made = local_model(bundle, runtime=model.runtime, mode=model.mode, slots=model.slots, context=model.context)
+    return Worker(made, bundle.weights, layers=layers, inline=inline)
+
+
+def worker_door(settings: Settings) -> Split | None:
+    """Where edges find the last layers of this machine's model, which is loaded when the first of them comes; None for
+    a model that is no bundle."""
+    from edgewise.serve.split import Split
+
+    name = settings.model.name.lower()
+    if name.startswith(("http://", "https://")) or name.endswith(".gguf"):
+        return None
+    return Split(lambda: open_worker(settings))
+
+
+def open_split(settings: Settings) -> Generator:
+    """The first layers here, the others at the workers that the settings name."""
+    from edgewise.engines.load import loaded
+    from edgewise.split.channel import Way
+    from edgewise.split.generator import open_generator
+
+    if settings.privacy.rules is not None:
+        raise UsageError(
+            "there are privacy rules, and a split model sends every prompt's hidden states to its worker",
+            hint="hidden states can be turned back into text; drop --split, or --privacy",
+        )
+    split, model = settings.split, settings.model
+    key = None if split.key_file is None else keys_of(split.key_file)[0]
+    bundle = local_bundle(settings)
+    engine, tokenizer = loaded(bundle, runtime=model.runtime, mode=model.mode, slots=model.slots, context=model.context)
+    assert split.url is not None, "callers look"
+    ways = [Way(url, key, split.ca) for url in split.url.split(",")]
+    return open_generator(engine, tokenizer, bundle, ways, split)
 
 
 async def _first_answer(generator: Generator, route: Wish) -> None:

@@ -1,5 +1,5 @@
-"""Links by name: what a planner expects of them and a relay imitates. Typical figures of access networks, not of any one
-operator; the mobile ones are those of WebPageTest's connection profiles."""
+"""Links by name: what a planner expects of them and a relay imitates. Typical figures of access networks, not of any
+one operator; the mobile ones are those of WebPageTest's connection profiles."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.types import Chunk, FloatArray, IdArray, Message, Request, Sampling
+from edgewise.types import Best, Chunk, FloatArray, IdArray, Message, Request, Sampling
 
 ALL_SAMPLING = frozenset(field.name for field in fields(Sampling)) - {"temperature", "top_p", "seed"}
 
@@ -21,12 +21,15 @@ ALL_SAMPLING = frozenset(field.name for field in fields(Sampling)) - {"temperatu
 @dataclass(frozen=True, slots=True)
 class Row:
     """Token ids of one session: `ids` int64 [n], n >= 1, standing at `position`, `position + 1`, … (absolute).
-    `want` is how many of the last positions need logits, 0..n (0 while a prompt is filled in chunks)."""
+    `want` is how many of the last positions need logits, 0..n (0 while a prompt is filled in chunks). `best` > 0 says
+    that their so many most probable tokens are all that is needed of them: a model whose logits are elsewhere may give
+    `Best` instead."""
 
     session: str
     position: int
     ids: IdArray
     want: int = 1
+    best: int = 0
 
     @property
     def values(self) -> IdArray:
@@ -81,8 +84,9 @@ class TokenModel(Protocol):
         ValueError if the session is open already."""
         ...
 
-    async def forward(self, rows: Sequence[Row]) -> list[FloatArray]:
-        """Append each row to its session; logits float32 [want, vocab] per row, in order, valid until the next forward.
+    async def forward(self, rows: Sequence[Row]) -> Sequence[FloatArray | Best]:
+        """Append each row to its session; logits float32 [want, vocab] per row, in order, valid until the next forward,
+        or `Best` where a row allows it.
 
         A row below the session's length rewinds to its position first (repeating a row is idempotent); one above it
         raises GapError; one beyond the limit raises ContextFull. KeyError for a session that is not open. No row has

@@ -21,7 +21,7 @@ from edgewise.engines.answer import Inbox, Stopwatch, TextStream, check_request,
 from edgewise.engines.base import ALL_SAMPLING, Capabilities, Row, Tokenizer, TokenModel
 from edgewise.engines.sampling import Choice, Sampler
 from edgewise.errors import ContextFull, EdgewiseError, EngineClosed, EngineError, Overloaded, RequestError
-from edgewise.types import Candidate, Chunk, FinishReason, FloatArray, IdArray, Request, Token, Usage
+from edgewise.types import Best, Candidate, Chunk, FinishReason, FloatArray, IdArray, Request, Token, Usage
 
 TOGETHER = 64  # most chunks that become one when their reader is late; it bounds what is sent at once
 
@@ -160,13 +160,17 @@ class _Task:
 
     def row(self, most: int) -> Row:
         ids = self._todo[:most]
-        return Row(self.slot.session, self.slot.length, ids, want=int(len(ids) == len(self._todo)))
+        return Row(self.slot.session, self.slot.length, ids, int(len(ids) == len(self._todo)), self._sampler.best)
 
-    def advance(self, row: Row, logits: FloatArray) -> Chunk | None:
+    def advance(self, row: Row, result: FloatArray | Best) -> Chunk | None:
         """The row was computed; what came of it is None while the prompt is not complete."""
         self.slot.append(row.ids)
         self._todo = self._todo[len(row.ids) :]
-        return self._next(self._sampler.choose(logits[-1])) if row.want else None
+        if not row.want:
+            return None
+        if isinstance(result, Best):
+            return self._next(self._sampler.take(result))
+        return self._next(self._sampler.choose(result[-1]))
 
     def _next(self, choice: Choice) -> Chunk:
         if choice.id in self._stop_ids:
@@ -332,12 +336,12 @@ class _Scheduler:
             for task in tasks:
                 await self._fail(task, error)
             return
-        for task, row, logits in results:
-            await self._advance(task, row, logits)
+        for task, row, result in results:
+            await self._advance(task, row, result)
 
-    async def _advance(self, task: _Task, row: Row, logits: FloatArray) -> None:
+    async def _advance(self, task: _Task, row: Row, result: FloatArray | Best) -> None:
         try:
-            chunk = task.advance(row, logits)
+            chunk = task.advance(row, result)
         except Exception as error:
             await self._fail(task, error)
             return

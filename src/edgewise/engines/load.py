@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from edgewise import registry
-from edgewise.engines.base import Generator, TokenModel
+from edgewise.engines.base import Generator
 from edgewise.engines.decode import Decoder
+from edgewise.engines.local import LocalModel
 from edgewise.errors import SourceError, UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.models.store import find
@@ -47,7 +48,7 @@ def loaded(
     mode: Mode = DEFAULTS.mode,
     slots: int = DEFAULTS.slots,
     context: int | None = DEFAULTS.context,
-) -> tuple[TokenModel, Tokenizer]:
+) -> tuple[LocalModel[Any], Tokenizer]:
     """The bundle's model and tokenizer, each of which takes as long to load as the other, side by side."""
     with ThreadPoolExecutor(1) as aside:
         tokenizer = aside.submit(_tokenizer, bundle)
@@ -66,11 +67,11 @@ def local_model(
     mode: Mode = DEFAULTS.mode,
     slots: int = DEFAULTS.slots,
     context: int | None = DEFAULTS.context,
-) -> TokenModel:
+) -> LocalModel[Any]:
     """The bundle on the runtime that `chosen_runtime` says. The native kernels are `stable` in either mode."""
     native = chosen_runtime(bundle, runtime) == "native"
     arguments = {"slots": slots, "context": context} if native else {"slots": slots, "context": context, "mode": mode}
-    model: TokenModel = registry.engine("native" if native else "onnx")(bundle, **arguments)
+    model: LocalModel[Any] = registry.engine("native" if native else "onnx")(bundle, **arguments)
     return model
 
 

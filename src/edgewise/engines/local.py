@@ -115,6 +115,10 @@ class LocalModel(ABC, Generic[KV]):
     def _release(self) -> None:
         """Free the weights now, whoever still holds this object."""
 
+    def announce(self) -> None:
+        """Rows come within some 100 microseconds: wake up what sleeps, if anything does."""
+        return
+
     async def open(self, session: str, limit: int) -> None:
         self.check_alive()
         self._sessions.open(session, limit, range(self.card.layers))

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgewise.errors import EngineError
-from edgewise.types import FloatArray, IdArray, Sampling
+from edgewise.types import Best, FloatArray, IdArray, Sampling
 
 _BLOCK = 256
 _NUCLEUS_GUESS = 1024  # ids that are sorted at first; only if they do not reach top_p is it the whole vocabulary
@@ -50,12 +50,15 @@ class Sampler:
     """Chooses the tokens of one request, whose `prompt` int64 [n] counts for the repetition penalty. The choice depends
     on the seed, on the logits and on what was chosen before, on nothing else; each takes one random number."""
 
+    best: int  # the so many most probable tokens are all that it needs to choose; 0: it needs all logits
+
     def __init__(self, sampling: Sampling, top: int = 0, prompt: IdArray | None = None) -> None:
         self._greedy = sampling.temperature == 0
         # Below 1e-4 only ties are left to chance and above 1e6 all tokens are alike; float32 overflows further out.
         self._temperature = np.float32(min(max(sampling.temperature, 1e-4), 1e6))
         self._top_k, self._top_p, self._min_p = sampling.top_k, sampling.top_p, sampling.min_p
         self._top = top
+        self.best = max(1, top) if self._greedy and not _wishes_any(sampling) else 0
         self._random = np.random.default_rng(sampling.seed)
         self._wishes = _Wishes(sampling, prompt) if _wishes_any(sampling) else None
         self._buffers: tuple[FloatArray, npt.NDArray[np.float64]] | None = None
@@ -76,6 +79,12 @@ class Sampler:
         else:
             chosen = best if self._greedy else self._draw(shifted, mass, ready=self._temperature == 1)
         return Choice(chosen, float(shifted[chosen]) - log_total, self._best(shifted, log_total))
+
+    def take(self, best: Best) -> Choice:
+        """The choice where only the `best` tokens of the last position are known."""
+        pairs = zip(best.ids[-1], best.logprobs[-1], strict=True)
+        top = tuple((int(i), float(p)) for i, p in pairs if p > -math.inf)
+        return Choice(*top[0], top[: self._top])
 
     def _scratch(self, vocab: int) -> tuple[FloatArray, npt.NDArray[np.float64]]:
         """Buffers that last as long as the request: new pages at every token would cost more than the arithmetic."""
@@ -117,6 +126,19 @@ class Sampler:
         )
         ids = ids[shifted[ids].argsort()[::-1]]
         return tuple((int(i), float(shifted[i]) - log_total) for i in ids if shifted[i] > -math.inf)
+
+
+def best_of(logits: FloatArray, count: int) -> Best:
+    """The `count` most probable tokens of each row of logits [n, vocab]. The first is what a greedy `Sampler.choose`
+    takes, with its log-prob rounded to float32. EngineError as there."""
+    sampler = Sampler(Sampling(), top=count if count > 1 else 0)
+    found = Best(np.zeros((len(logits), count), np.int64), np.full((len(logits), count), -math.inf, np.float32))
+    for row, ids, logprobs in zip(logits, found.ids, found.logprobs, strict=True):
+        choice = sampler.choose(row)
+        others = [pair for pair in choice.top if pair[0] != choice.id][: count - 1]
+        for n, (i, logprob) in enumerate([(choice.id, choice.logprob), *others]):
+            ids[n], logprobs[n] = i, logprob
+    return found
 
 
 class _Wishes:

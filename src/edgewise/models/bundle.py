@@ -87,6 +87,16 @@ class Bundle:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.manifest.files.values())
 
+    @property
+    def weights(self) -> str:
+        """SHA-256 in hex over card, graphs and their tensors. Bundles with the same one compute the same, whoever
+        made them and whatever they are called."""
+        graphs = self.manifest.graphs
+        files = {name: entry.sha256 for name, entry in self.manifest.files.items() if "/" in name}
+        activations = self.manifest.quantization.get("activations")
+        parts = (self.manifest.card, graphs, sorted(files.items()), activations)
+        return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
     def file(self, relative: str) -> Path:
         """The path of a file that the manifest lists; BundleError if it does not."""
         if relative not in self.manifest.files:

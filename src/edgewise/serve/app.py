@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -15,7 +16,9 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path
+from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from edgewise.engines.base import Generator
 from edgewise.errors import UnknownModel
@@ -28,6 +31,7 @@ from edgewise.serve.exchange import Limits
 from edgewise.serve.link import Bytes
 from edgewise.serve.metrics import Metrics
 from edgewise.serve.openapi import document
+from edgewise.serve.split import SPLIT, Split
 from edgewise.types import Decision, Route
 from edgewise.wire.answers import encode_model, encode_models
 
@@ -41,7 +45,8 @@ def create_app(
     *,
     models: Sequence[str],
     route: Route,
-    key: str | None = None,
+    keys: Collection[str] = (),
+    split: Split | None = None,
     ready: Callable[[], Awaitable[bool]] | None = None,
     limits: Limits | None = None,
     breaker: Breaker | None = None,
@@ -51,8 +56,9 @@ def create_app(
     """The app over one generator, which it closes when it shuts down.
 
     `models` are the names that /v1/models lists and requests may use; `auto` is understood in any case, and `edge` and
-    `cloud`, where listed, ask for that route. `route` is told of answers whose generator made no decision. With `key`
-    all paths but the probes need it as a bearer token. `ready` answers /readyz; without it the app is ready once it
+    `cloud`, where listed, ask for that route. `route` is told of answers whose generator made no decision. With `keys`
+    all paths but the probes need one of them as a bearer token. At `split` edges find the rest of their model's layers.
+    `ready` answers /readyz; without it the app is ready once it
     runs. /metrics shows the state of `breaker` and the rows of `log`. `rules` say by header, path and
     model which requests must not leave this machine; what their text says the generator looks at itself.
     """
@@ -71,28 +77,55 @@ def create_app(
             Path("/v1/models", shelf.list, methods=["GET"]),
             Path("/v1/models/{name:path}", shelf.show, methods=["GET"]),
             Path("/edgewise/bytes", Bytes(limits, crowd), methods=["GET", "POST"]),
+            *([WebSocketRoute(SPLIT, split)] if split else []),
             Path("/livez", health.live, methods=["GET"]),
             Path("/readyz", health.ready, methods=["GET"]),
             Path("/metrics", metrics.show, methods=["GET"]),
             Path("/openapi.json", show_openapi, methods=["GET"]),
         ],
-        middleware=[Middleware(BearerKey, key=key)] if key else [],
+        middleware=guards(keys),
         exception_handlers={HTTPException: answer_error, UnknownModel: answer_error, Exception: answer_error},
-        lifespan=_closing(generator),
+        lifespan=_closing(generator, *([split] if split else [])),
     )
     app.router.redirect_slashes = False  # a POST would lose its way, and the answer would not be JSON
     return app
 
 
-def _closing(generator: Generator) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+def create_worker_app(split: Split, *, keys: Collection[str] = (), limits: Limits | None = None) -> Starlette:
+    """The app of a worker alone: its WebSocket, bytes that measure the way to it, and probes."""
+    limits = limits or Limits()
+    health = Health(None)
+    return Starlette(
+        routes=[
+            WebSocketRoute(SPLIT, split),
+            Path("/edgewise/bytes", Bytes(limits, Crowd(limits.in_flight)), methods=["GET", "POST"]),
+            Path("/livez", health.live, methods=["GET"]),
+            Path("/readyz", health.ready, methods=["GET"]),
+        ],
+        middleware=guards(keys),
+        exception_handlers={HTTPException: answer_error, Exception: answer_error},
+        lifespan=_closing(split),
+    )
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+def _closing(*parts: Closable) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await generator.close()
+            for part in parts:
+                await part.close()
 
     return lifespan
+
+
+def guards(keys: Collection[str]) -> list[Middleware]:
+    return [Middleware(BearerKey, keys=keys)] if keys else []
 
 
 class Shelf:
@@ -138,18 +171,24 @@ async def show_openapi(request: Request) -> Response:
 
 
 class BearerKey:
-    """Lets nobody in without the key. The comparison takes as long for a wrong key as for the right one."""
+    """Lets nobody in without a key. The comparison takes as long for a wrong key as for a right one."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._expected = [f"Bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(Headers(scope=scope)):
-            refusal = HTTPException(401, "the key is missing or wrong", {"www-authenticate": "Bearer"})
-            await failure_of(refusal).response()(scope, receive, send)
-        else:
+        guarded = scope["type"] in ("http", "websocket") and scope["path"] not in OPEN_PATHS
+        if not guarded or self._knows(Headers(scope=scope)):
             await self._app(scope, receive, send)
+            return
+        refusal = HTTPException(401, "the key is missing or wrong", {"www-authenticate": "Bearer"})
+        answer = failure_of(refusal).response()
+        if scope["type"] == "http":
+            await answer(scope, receive, send)
+        else:  # nothing of a frame is read
+            await WebSocket(scope, receive, send).send_denial_response(answer)
 
     def _knows(self, headers: Headers) -> bool:
-        return hmac.compare_digest(headers.get("authorization", "").encode("latin-1"), self._expected)
+        shown = headers.get("authorization", "").encode("latin-1")
+        return sum(hmac.compare_digest(shown, expected) for expected in self._expected) > 0  # all are compared

@@ -25,6 +25,7 @@ from edgewise.errors import (
     RemoteRefused,
     RemoteTimeout,
     RequestError,
+    TailLost,
     UnknownModel,
     Unreachable,
     UnsupportedField,
@@ -50,6 +51,7 @@ STATUS: Final[tuple[tuple[type[EdgewiseError], int, str | None], ...]] = (
     (RemoteTimeout, 504, "remote_timeout"),
     (RemoteRefused, 502, "remote_refused"),
     (RemoteBroken, 502, "remote_broken"),
+    (TailLost, 502, "tail_lost"),
 )
 OPENAI_NAMES: Final = {"prompt_ids": "prompt"}  # of fields that are called otherwise in Request
 HTTP_CODES: Final[Mapping[int, str]] = {

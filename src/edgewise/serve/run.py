@@ -7,11 +7,14 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -19,6 +22,7 @@ from starlette.types import ASGIApp
 
 from edgewise.errors import ConfigError
 from edgewise.settings import ServeSettings
+from edgewise.wire.frame import FRAME_LIMIT
 
 DEFAULTS = ServeSettings()
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,9 +35,10 @@ def run(
     *,
     send_s: float = DEFAULTS.send_s,
     drain_s: float = 30.0,
+    tls: Tls | None = None,
     json_logs: bool = False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; port 0 takes any free one.
+    """Serve until SIGTERM or SIGINT; port 0 takes any free one. With `tls` it is https.
 
     Once connections are taken, `{"url": …}` is printed as one line on stdout; logs go to stderr. A signal stops the
     listening, answers under way get `drain_s` to end, and a second signal ends them at once. After SIGTERM it returns,
@@ -46,15 +51,35 @@ def run(
         log_config=None,
         access_log=False,
         lifespan="on",
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=FRAME_LIMIT,
+        ws_per_message_deflate=False,
+        ws_ping_interval=None,  # edges see by the answers whether we live, and send when they have something
+        ssl_certfile=None if tls is None else tls.cert,
+        ssl_keyfile=None if tls is None else tls.key,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
-    server = Server(config, url_of(host, listener))
+    server = Server(config, url_of(host, listener, "http" if tls is None else "https"))
     with listener:
         server.run(sockets=[listener])
     if server.caught == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM form: a certificate with its chain, and its private key. ConfigError if they are not that."""
+
+    cert: Path
+    key: Path
+
+    def __post_init__(self) -> None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as e:
+            why = getattr(e, "strerror", None) or str(e)
+            raise ConfigError(f"{self.cert} and {self.key} are no certificate and its key: {why}") from e
 
 
 class Server(uvicorn.Server):
@@ -120,11 +145,11 @@ def _no_address(host: str, port: int, error: Exception) -> ConfigError:
     )
 
 
-def url_of(host: str, listener: socket.socket) -> str:
+def url_of(host: str, listener: socket.socket, scheme: str = "http") -> str:
     """An address under which this machine reaches the listener."""
     wildcards = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
     name = wildcards.get(host, host)
-    return f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
 
 
 def log_to_stderr(*, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from edgewise.engines.load import loaded
 from edgewise.engines.local import set_threads
 from edgewise.models.bundle import Bundle
 from edgewise.settings import Mode, Runtime
-from edgewise.types import Chunk, FloatArray, Request
+from edgewise.types import Best, Chunk, FloatArray, Request
 
 VARIANTS: dict[str, tuple[Runtime, Mode]] = {
     "fast": ("auto", "fast"),
@@ -62,7 +62,9 @@ class Ours:
         out = np.empty((len(ids), self._model.vocab), np.float32)
         await self._model.open("teacher", len(ids))
         for n in range(len(ids)):
-            out[n] = (await self._model.forward([Row("teacher", n, ids[n : n + 1])]))[0][0]
+            (logits,) = await self._model.forward([Row("teacher", n, ids[n : n + 1])])
+            assert not isinstance(logits, Best), "this row does not allow it"
+            out[n] = logits[0]
         await self._model.close("teacher")
         return out
 

@@ -57,6 +57,9 @@ EXPORT const char *ew_start(const char *name, int wanted) {
     return best->name;
 }
 
+/* Rows come soon. */
+EXPORT void ew_announce(void) { ew_pool_announce(); }
+
 /* ---- packing ---- */
 
 typedef struct {

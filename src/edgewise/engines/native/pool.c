@@ -24,6 +24,7 @@ static struct {
     _Atomic uint64_t ticket; /* job number << 32 | next item: claiming an item checks that its job still is the job */
     _Atomic uint32_t items, finished;
     _Atomic int sleepers;
+    _Atomic uint32_t calls; /* times that sleepers were told of work to come */
     atomic_flag busy;
     _Atomic(void *) context;
     void (*_Atomic f)(void *, int, int);
@@ -55,10 +56,12 @@ static void work(int number) {
     }
 }
 
-static void sleep_until_changed(uint32_t job) {
+/* Until there is another job, or one is announced. */
+static void sleep_until_changed(uint32_t job, uint32_t calls) {
     pthread_mutex_lock(&pool.lock);
     atomic_fetch_add(&pool.sleepers, 1);
-    while (job_of(atomic_load(&pool.ticket)) == job) pthread_cond_wait(&pool.wake, &pool.lock);
+    while (job_of(atomic_load(&pool.ticket)) == job && atomic_load(&pool.calls) == calls)
+        pthread_cond_wait(&pool.wake, &pool.lock);
     atomic_fetch_sub(&pool.sleepers, 1);
     pthread_mutex_unlock(&pool.lock);
 }
@@ -66,8 +69,10 @@ static void sleep_until_changed(uint32_t job) {
 static void *worker(void *number) {
     uint32_t job = 0;
     for (;;) {
+        const uint32_t calls = atomic_load(&pool.calls);
         for (int i = 1; i <= SPINS && job_of(atomic_load(&pool.ticket)) == job; i++) spin(i);
-        if (job_of(atomic_load(&pool.ticket)) == job) sleep_until_changed(job);
+        if (job_of(atomic_load(&pool.ticket)) == job) sleep_until_changed(job, calls);
+        if (job_of(atomic_load(&pool.ticket)) == job) continue; /* announced, not there yet */
         job = job_of(atomic_load(&pool.ticket));
         work((int)(intptr_t)number);
     }
@@ -99,6 +104,18 @@ int ew_pool_start(int threads) {
     return there;
 }
 
+static void wake_sleepers(void) {
+    if (!atomic_load(&pool.sleepers)) return;
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+void ew_pool_announce(void) {
+    atomic_fetch_add(&pool.calls, 1);
+    wake_sleepers();
+}
+
 void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
     if (pool.workers == 0 || items < 2 || atomic_flag_test_and_set(&pool.busy)) { /* another model has the pool */
         for (int i = 0; i < items; i++) f(context, i, 0);
@@ -111,11 +128,7 @@ void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
     atomic_store(&pool.context, context);
     atomic_store(&pool.items, (uint32_t)items);
     atomic_store(&pool.ticket, (job + 1) << 32);
-    if (atomic_load(&pool.sleepers)) {
-        pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.lock);
-    }
+    wake_sleepers();
     work(0);
     for (int i = 1; atomic_load(&pool.finished) < (uint32_t)items; i++) spin(i);
     atomic_flag_clear(&pool.busy);
