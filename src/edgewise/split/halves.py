@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
@@ -37,7 +39,7 @@ class Halves:
         self.graph, self.edge = graph, frozenset(edge)
         self.label = label_of(graph, self.edge)
         self._cut = graph.halves(self.edge)
-        self.crossing = self._cut.crossing
+        self.crossing, self.late = self._cut.crossing, self._cut.late
         self._parts: dict[str, OnnxPart] = {}
         self._loading = threading.Lock()
 
@@ -89,6 +91,16 @@ class Halves:
 def label_of(graph: Graph, edge: Set[int]) -> str:
     """Which model, and which of its units are on the edge."""
     return f"{graph.digest[:DIGEST]}@{sum(1 << number for number in edge):x}"
+
+
+def read_answer(payload: bytes) -> tuple[Tensors, str, float]:
+    """The outputs of a BackHalf, the label of the features that they are of, and the seconds that they took there.
+    BadFrame for anything else."""
+    container = read(payload)
+    label, _, computed_us = container.label.partition(" ")
+    if not re.fullmatch("[0-9]{1,12}", computed_us):
+        raise BadFrame(f"{container.label[:100]!r} labels no answer")
+    return container.tensors, label, int(computed_us) / 1e6
 
 
 def checked(graph: Graph, inputs: Tensors) -> dict[str, Array]:
@@ -168,19 +180,34 @@ class OnnxSplit:
 
 class BackHalf:
     """The cloud's side of a file that is cut: features in, answers out, whichever cut the features are of. It holds the
-    second halves of the cuts used last. May be called from several threads."""
+    second halves of the cuts used last. `unpacked` makes the file's inputs of what is sent for the cloud alone, if that
+    is not the inputs themselves; what it raises for bytes that it does not know should be a RequestError. May be called
+    from several threads."""
 
-    def __init__(self, graph: Graph, *, codec: str = "exact", limit_bytes: int = LIMIT_BYTES) -> None:
-        self.graph, self._codec, self._limit_bytes = graph, codec, limit_bytes
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        unpacked: Callable[[Tensors], Tensors] | None = None,
+        codec: str = "exact",
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> None:
+        self.graph, self._unpacked, self._codec, self._limit_bytes = graph, unpacked, codec, limit_bytes
         self._ready: OrderedDict[str, Halves] | None = OrderedDict()
         self._lock = threading.Lock()
 
     def answer(self, payload: bytes) -> bytes:
-        """The outputs that the front did not make, coded likewise under the same label. BadFrame for what are no
+        """The outputs that the front did not make, coded likewise; `read_answer` reads them. BadFrame for what are no
         features of a cut of this file, EngineError if onnxruntime fails, EngineClosed after `close`."""
+        began_s = time.perf_counter()
         container = read(payload, limit_bytes=self._limit_bytes)
         halves = self._halves(container.label)
-        return encode(halves.back(container.tensors), self._codec, label=container.label)
+        received = container.tensors
+        if not halves.edge and self._unpacked is not None:
+            received = self._unpacked(received)
+        outputs = halves.back(received)
+        computed_us = round((time.perf_counter() - began_s) * 1e6)
+        return encode(outputs, self._codec, label=f"{container.label} {computed_us}")
 
     def _halves(self, label: str) -> Halves:
         with self._lock:

@@ -13,7 +13,7 @@ import msgspec
 from edgewise.devices.links import LinkProfile
 from edgewise.errors import UsageError
 from edgewise.plan.dag import Dag, Node, Place, Tensor, Way
-from edgewise.plan.mincut import Table
+from edgewise.plan.mincut import Choice, Table
 
 FORMAT: Final = 1
 SIZE_LIMIT: Final = 64 << 20
@@ -74,6 +74,7 @@ class Plan:
     up_bytes: int
     down_bytes: int
     front_bytes: int
+    cloud_s: float
     seconds: float
     edge_only_s: float | None
     cloud_only_s: float | None
@@ -89,7 +90,16 @@ class Plans:
 
     def at(self, link: LinkProfile) -> Plan:
         choice = self.table.at(link)
-        way = choice.way
+        return self._plan(choice.way, choice, link)
+
+    def nearest(self, link: LinkProfile) -> Plan | None:
+        """The best that asks the cloud; None if nothing may."""
+        asking = [way for way in self.table.ways if way.place != "edge"]
+        if not asking:
+            return None
+        return self._plan(min(asking, key=lambda way: way.seconds(link)), self.table.at(link), link)
+
+    def _plan(self, way: Way, choice: Choice, link: LinkProfile) -> Plan:
         return Plan(
             place=way.place,
             units=frozenset(map(int, way.edge)),
@@ -98,7 +108,8 @@ class Plans:
             up_bytes=way.up_bytes,
             down_bytes=way.down_bytes,
             front_bytes=self.cuts[way.edge].front_bytes,
-            seconds=choice.seconds,
+            cloud_s=way.cloud_s + way.overhead_s,
+            seconds=way.seconds(link),
             edge_only_s=choice.edge_only_s,
             cloud_only_s=choice.cloud_only_s,
         )
