@@ -12,7 +12,7 @@ from edgewise.devices.links import LINKS, LinkProfile
 from edgewise.errors import UsageError
 from edgewise.models.graph import Graph
 from edgewise.split.inference import LayerSplitInference
-from edgewise.split.profile import Coding, Profile
+from edgewise.split.profile import Coding, Profile, Request
 from edgewise.split.profiling import profiled
 from edgewise.wire.feature import HEADER_BYTES
 from split.nets import images, residual
@@ -121,11 +121,12 @@ def exact(profile: Profile, front_s: float = 0.010, back_s: float = 0.010) -> Pr
 
 def test_a_plan_adds_up(profile: Profile) -> None:
     link = LinkProfile("made", 1e6, 2e6, 10)
-    plan = exact(profile).plans(edge=1000, margin=0).at(link)
-    down = sum(profile.results.values())
+    plan = exact(profile).plans(edge=1000, margin=0, request=Request(100, 50, 0.003)).at(link)
+    down = sum(profile.results.values()) + 50
     assert plan.place == "cloud"
-    assert (plan.units, plan.codec, plan.up_bytes, plan.front_bytes) == (frozenset(), None, 900, 0)
-    assert plan.seconds == pytest.approx(0.010 + 0.001 * 1000 + 0.002 + 900 / 1e6 + 0.010 + down / 2e6, abs=1e-6)
+    assert (plan.units, plan.codec, plan.up_bytes, plan.front_bytes) == (frozenset(), None, 1000, 0)
+    computing = 0.010 + 0.001 * 1000 + 0.002 + 0.003
+    assert plan.seconds == pytest.approx(computing + 1000 / 1e6 + 0.010 + down / 2e6, abs=1e-6)
     assert plan.edge_only_s == pytest.approx(10.0)
     assert plan.cloud_only_s == plan.seconds
 
@@ -144,20 +145,20 @@ def test_each_plan_is_the_best_of_all_cuts(profile: Profile) -> None:
         "image": dict.fromkeys(made.codecs, UPLOAD["image"])
     }
     for slow in (1, 10, 100):
-        plans = made.plans(edge=slow, max_error=0.02, margin=0)
+        plans = made.plans(edge=slow, max_error=0.02, margin=0, request=Request(100, 50, 0.003))
         for link in LINKS.values():
             taken = {}
             for cut in made.cuts:
                 late = [name for name in ("logits", "flat") if made_by(made, name) not in cut.edge]
-                down = sum(round(made.results[name]) for name in late)
+                down = sum(round(made.results[name]) for name in late) + 50
                 for codec in made.codecs:
                     if cut.error[codec] > 0.02:
                         continue
                     codings = [coded[name][codec] for name in cut.crossing]
                     seconds = cut.front_s * slow + cut.back_s + sum(c.encode_s * slow + c.decode_s for c in codings)
                     if len(cut.edge) < len(made.units):
-                        up = sum(round(c.bytes) for c in codings)
-                        seconds += up / link.up_bytes_per_s + down / link.down_bytes_per_s + link.rtt_ms / 1e3
+                        up = sum(round(c.bytes) for c in codings) + 100
+                        seconds += up / link.up_bytes_per_s + down / link.down_bytes_per_s + link.rtt_ms / 1e3 + 0.003
                     taken[cut.edge, codec] = seconds
             assert plans.at(link).seconds == pytest.approx(min(taken.values()))
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from edgewise.devices.links import LinkProfile
 from edgewise.errors import BadFrame, EngineClosed, RemoteError, RemoteTimeout
 from edgewise.models.graph import Graph
 from edgewise.split.halves import Halves, read_answer
-from edgewise.split.profile import Plan, Plans
+from edgewise.split.profile import Plan
 from edgewise.wire.feature import decode, encode
 
 Array = npt.NDArray[Any]
@@ -30,6 +30,16 @@ T = TypeVar("T")
 
 NEW: Final = 0.4  # the weight of the latest answer in what is believed of the link
 LOGITS: Final = "logits"
+
+
+class Planner(Protocol):
+    """Plans of split/profile.py, or another way to choose."""
+
+    def at(self, link: LinkProfile) -> Plan: ...
+
+    def nearest(self, link: LinkProfile) -> Plan | None:
+        """The best that asks the cloud, which is asked now and then to hear how the link is; None: never."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class SplitPredictor:
     def __init__(
         self,
         graph: Graph,
-        plans: Plans,
+        plans: Planner,
         there: There,
         link: LinkProfile,
         *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,16 @@ MAX_ERROR: Final = 0.01
 MARGIN: Final = 0.01  # predictions of measured ways err by about so much
 
 Units = frozenset[str]  # by their numbers, as a Dag names its nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What asking the cloud takes besides coded tensors and computing: a container and HTTP around it, as split/post.py
+    has them; the seconds are those of two processes on this machine."""
+
+    up_bytes: int = 260
+    down_bytes: int = 190
+    seconds: float = 0.0011
 
 
 class Coding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,7 +169,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """Those that were measured."""
         return tuple(self.tensors[0].coded) if self.tensors else ()
 
-    def dag(self, codec: str, *, edge: float = 1.0, cloud: float = 1.0, cloud_overhead_s: float = 0.0) -> Dag:
+    def dag(self, codec: str, *, edge: float = 1.0, cloud: float = 1.0, request_s: float = 0.0) -> Dag:
         """The graph with every tensor under one codec, integers exact. `edge` and `cloud` are how many times longer
         than this machine a side takes; nodes are units by their numbers."""
         nodes = tuple(
@@ -167,7 +177,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         )
         tensors = tuple(self._tensor(one, codec, edge, cloud) for one in self.tensors)
         measured = {_units(cut): (cut.front_s * edge, cut.back_s * cloud) for cut in self.cuts}
-        return Dag(nodes, tensors, cloud_overhead_s=cloud_overhead_s, measured=measured)
+        return Dag(nodes, tensors, cloud_overhead_s=request_s, measured=measured)
 
     def _tensor(self, tensor: TensorProfile, codec: str, edge: float, cloud: float) -> Tensor:
         coding = self.upload.get(tensor.name) or tensor.coded.get(codec)
@@ -186,22 +196,21 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         *,
         edge: float = 1.0,
         cloud: float = 1.0,
-        cloud_overhead_s: float = 0.0,
+        request: Request | None = None,
         max_error: float = MAX_ERROR,
         edge_bytes: int | None = None,
         margin: float = MARGIN,
     ) -> Plans:
         """Of the cuts that were measured, under each codec whose error is at most `max_error`, those with at most
-        `edge_bytes` of weights in front. A split must be faster than both baselines by `margin`. `cloud_overhead_s` is
-        what a request takes there besides. UsageError if nothing is left."""
-        dags = {
-            codec: self.dag(codec, edge=edge, cloud=cloud, cloud_overhead_s=cloud_overhead_s) for codec in self.codecs
-        }
+        `edge_bytes` of weights in front. A split must be faster than both baselines by `margin`. UsageError if nothing
+        is left."""
+        request = request or Request()
+        dags = {codec: self.dag(codec, edge=edge, cloud=cloud, request_s=request.seconds) for codec in self.codecs}
         codecs: dict[Way, str] = {}
         for cut in self.cuts:
             if edge_bytes is None or cut.front_bytes <= edge_bytes:
                 allowed = [codec for codec, error in cut.error.items() if error <= max_error]
-                codecs |= _useful({dags[codec].way(_units(cut)): codec for codec in allowed})
+                codecs |= _useful({_asking(dags[codec].way(_units(cut)), request): codec for codec in allowed})
         if not codecs:
             raise UsageError(
                 f"no cut of {self.model} has an error of at most {max_error:g} and at most {edge_bytes} bytes of "
@@ -209,6 +218,12 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             )
         ways = sorted(codecs, key=lambda way: way.place == "split")  # of equals a baseline
         return Plans(Table(tuple(ways), (), margin), {_units(cut): cut for cut in self.cuts}, codecs)
+
+
+def _asking(way: Way, request: Request) -> Way:
+    if way.place == "edge":
+        return way
+    return replace(way, up_bytes=way.up_bytes + request.up_bytes, down_bytes=way.down_bytes + request.down_bytes)
 
 
 def _useful(codecs: Mapping[Way, str]) -> dict[Way, str]:
