@@ -18,6 +18,7 @@ from edgewise.devices.links import LinkProfile, link_named
 from edgewise.engines.onnx_part import OnnxPart
 from edgewise.errors import BadFrame, EngineClosed, RequestError, UnsupportedModel, UsageError
 from edgewise.models.graph import Graph
+from edgewise.split.inference import Crossing
 from edgewise.split.profile import Profile
 from edgewise.wire.feature import LIMIT_BYTES, Container, encode, read
 
@@ -151,13 +152,13 @@ class OnnxSplit:
         plan = taken.plans().at(link_named(link) if isinstance(link, str) else link)
         return OnnxSplit(Halves(graph, plan.units)), plan.codec or "exact"
 
-    def front(self, x: Any) -> tuple[Tensors, str, Tensors]:
+    def front(self, x: Any) -> Crossing:
         inputs = x if isinstance(x, Mapping) else {self._halves.graph.inputs[0]: x}
         arrays = {
             name: np.asarray(one.detach().cpu() if hasattr(one, "detach") else one) for name, one in inputs.items()
         }
         crossing, early = self._halves.front(arrays)
-        return crossing, self._halves.label, early
+        return Crossing(crossing, self._halves.label, sum(one.nbytes for one in crossing.values()), early)
 
     def opened(self, received: Container) -> Tensors:
         if received.label != self._halves.label:
@@ -172,6 +173,9 @@ class OnnxSplit:
         if len(outputs) == 1 and not early:
             return late
         return self._alone({name: {**early, **late}[name] for name in outputs})
+
+    def close(self) -> None:
+        self._halves.close()
 
     def _alone(self, outputs: Mapping[str, Array]) -> Any:
         """A file of one output gives that."""

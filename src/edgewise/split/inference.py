@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ import numpy.typing as npt
 from edgewise.devices.links import LinkProfile
 from edgewise.errors import BadFrame, UsageError
 from edgewise.wire.feature import Container, check_codec, encode, read
+
+if TYPE_CHECKING:
+    from edgewise.models.bundle import Bundle
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -25,7 +29,7 @@ class Features(bytes):
 
     @property
     def raw_bytes(self) -> int:
-        """What the same tensors take in memory."""
+        """What the tensors in it take in memory."""
         return sum(one.raw_bytes for one in read(self).coded)
 
     @property
@@ -39,17 +43,29 @@ class Features(bytes):
         return {one.name: one.shape for one in read(self).coded}
 
 
-class Split(Protocol):
-    """A model in two halves, in this process. `front` gives what crosses, under a label that says what it is, and the
-    outputs that it has already; `opened` makes of what was received what `back` takes."""
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What a front half gives: tensors to send, under a label that says what they are, and outputs that it has already.
+    `raw_bytes` are those of what crosses as it lies in memory."""
 
-    def front(self, x: Any) -> tuple[Tensors, str, Tensors]: ...
+    tensors: Tensors
+    label: str
+    raw_bytes: int
+    early: Tensors = field(default_factory=dict)
+
+
+class Split(Protocol):
+    """A model in two halves, in this process. `opened` makes of what was received what `back` takes."""
+
+    def front(self, x: Any) -> Crossing: ...
 
     def opened(self, received: Container) -> Any: ...
 
     def back(self, x: Any) -> Any: ...
 
     def joined(self, early: Tensors, late: Any) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 class LayerSplitInference:
@@ -104,6 +120,22 @@ class LayerSplitInference:
             made._split, made.codec = OnnxSplit.planned(path, link, profile, shapes)
         return made
 
+    @classmethod
+    def of_bundle(cls, bundle: Bundle | Path | str, *, cut: int, codec: str = "fp16") -> LayerSplitInference:
+        """Of a language model: the embedding and the layers below `cut` are the edge's, the others and the head the
+        cloud's. `edge_forward` and `full_inference` take token ids [n] or [1, n], and the answer is the logits of each
+        position, float32 [n, vocab]. `bundle` is one, its directory, or its name here. `codec` is one of
+        wire/codec.py's. UsageError where it cannot be cut, UnknownModel or BundleError for what is no bundle."""
+        from edgewise.models.bundle import Bundle
+        from edgewise.models.store import find
+        from edgewise.settings import load
+        from edgewise.split.layers import BundleSplit
+
+        found = bundle if isinstance(bundle, Bundle) else find(str(bundle), load().settings.home, check=False)
+        made = cls((), ())
+        made._split, made.codec = BundleSplit(found, cut, codec), codec
+        return made
+
     def edge_forward(self, x: Any) -> Features:
         """What the edge layers make of `x`, coded. CodecOverflow for numbers that the codec cannot hold: above 65,504
         with "fp16", infinite or not a number with all but "exact". UsageError for features that are no tensors."""
@@ -120,11 +152,15 @@ class LayerSplitInference:
         features, early = self._front(input_data)
         return self._split.joined(early, self.cloud_forward(features))
 
+    def close(self) -> None:
+        """Free what `of_onnx` and `of_bundle` loaded; layers in hand are their owner's. Idempotent."""
+        self._split.close()
+
     def _front(self, x: Any) -> tuple[Features, Tensors]:
-        tensors, label, early = self._split.front(x)
-        features = Features(encode(tensors, self.codec, label=label))
-        self.boundary_bytes, self.raw_bytes = len(features), sum(tensor.nbytes for tensor in tensors.values())
-        return features, early
+        crossing = self._split.front(x)
+        features = Features(encode(crossing.tensors, self.codec, label=crossing.label))
+        self.boundary_bytes, self.raw_bytes = len(features), crossing.raw_bytes
+        return features, crossing.early
 
 
 # Layers in hand
@@ -137,12 +173,13 @@ class _Layers:
         self._edge, self._cloud = edge, cloud
         self._like: Any = None  # a tensor of the library that the features came from
 
-    def front(self, x: Any) -> tuple[Tensors, str, Tensors]:
+    def front(self, x: Any) -> Crossing:
         for layer in self._edge:
             x = layer(x)
         tensors, label = _parts(x)
         self._like = next((tensor for tensor in tensors.values() if hasattr(tensor, "detach")), None)
-        return {name: as_array(tensor) for name, tensor in tensors.items()}, label, {}
+        arrays = {name: as_array(tensor) for name, tensor in tensors.items()}
+        return Crossing(arrays, label, sum(array.nbytes for array in arrays.values()))
 
     def opened(self, received: Container) -> Any:
         known = (found for layer in self._cloud if (found := _parameter(layer)) is not None)
@@ -157,6 +194,9 @@ class _Layers:
 
     def joined(self, early: Tensors, late: Any) -> Any:
         return late
+
+    def close(self) -> None:
+        pass
 
 
 def _listed(side: str, layers: Any) -> list[Callable[[Any], Any]]:
