@@ -115,8 +115,9 @@ class LocalModel(ABC, Generic[KV]):
     def _release(self) -> None:
         """Free the weights now, whoever still holds this object."""
 
-    def announce(self) -> None:
-        """Rows come within some 100 microseconds: wake up what sleeps, if anything does."""
+    def expect(self, soon: bool) -> None:
+        """Rows come within some 100 microseconds, as long as a sleeping thread takes to wake up; or nothing comes for
+        longer than that, and other processes may have the cores. A hint: results are the same without."""
         return
 
     async def open(self, session: str, limit: int) -> None:

@@ -95,7 +95,7 @@ def _library() -> c.CDLL | None:
         ("ew_head", None, (p, p, p, p, i, p, p, i)),
         ("ew_watch", i, (p, i)),
         ("ew_steps", c.c_char_p, ()),
-        ("ew_announce", None, ()),
+        ("ew_expect", None, (i,)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -222,8 +222,8 @@ class NativeLM(LocalModel[_Memory]):
     def project(self, hidden: FloatArray, out: FloatArray) -> None:
         self._weights.project(hidden, out)
 
-    def announce(self) -> None:
-        self._weights.announce()
+    def expect(self, soon: bool) -> None:
+        self._weights.expect(soon)
 
     def cuts_at(self, layer: int) -> bool:
         return 0 <= layer <= self.card.layers
@@ -263,9 +263,8 @@ class _Weights:
         """Of what decoding reads."""
         return len(self._packed.memory)
 
-    def announce(self) -> None:
-        """Rows come in some 100 microseconds: as long as a sleeping thread takes to wake up."""
-        self._library.ew_announce()
+    def expect(self, soon: bool) -> None:
+        self._library.ew_expect(soon)
 
     def new_kv(self) -> _Memory:
         card, shape = self._card, (self._card.kv_heads, self._capacity, self._card.head_dim)

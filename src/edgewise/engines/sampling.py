@@ -57,7 +57,7 @@ class Sampler:
         # Below 1e-4 only ties are left to chance and above 1e6 all tokens are alike; float32 overflows further out.
         self._temperature = np.float32(min(max(sampling.temperature, 1e-4), 1e6))
         self._top_k, self._top_p, self._min_p = sampling.top_k, sampling.top_p, sampling.min_p
-        self._top = top
+        self.top = top
         self.best = max(1, top) if self._greedy and not _wishes_any(sampling) else 0
         self._random = np.random.default_rng(sampling.seed)
         self._wishes = _Wishes(sampling, prompt) if _wishes_any(sampling) else None
@@ -84,7 +84,7 @@ class Sampler:
         """The choice where only the `best` tokens of the last position are known."""
         pairs = zip(best.ids[-1], best.logprobs[-1], strict=True)
         top = tuple((int(i), float(p)) for i, p in pairs if p > -math.inf)
-        return Choice(*top[0], top[: self._top])
+        return Choice(*top[0], top[: self.top])
 
     def _scratch(self, vocab: int) -> tuple[FloatArray, npt.NDArray[np.float64]]:
         """Buffers that last as long as the request: new pages at every token would cost more than the arithmetic."""
@@ -119,26 +119,30 @@ class Sampler:
         return at if ids is None else int(ids[at])
 
     def _best(self, shifted: FloatArray, log_total: float) -> tuple[tuple[int, float], ...]:
-        if not self._top:
+        if not self.top:
             return ()
-        ids = (
-            np.argpartition(shifted, -self._top)[-self._top :] if self._top < len(shifted) else np.arange(len(shifted))
-        )
+        ids = np.argpartition(shifted, -self.top)[-self.top :] if self.top < len(shifted) else np.arange(len(shifted))
         ids = ids[shifted[ids].argsort()[::-1]]
         return tuple((int(i), float(shifted[i]) - log_total) for i in ids if shifted[i] > -math.inf)
 
 
-def best_of(logits: FloatArray, count: int) -> Best:
-    """The `count` most probable tokens of each row of logits [n, vocab]. The first is what a greedy `Sampler.choose`
-    takes, with its log-prob rounded to float32. EngineError as there."""
-    sampler = Sampler(Sampling(), top=count if count > 1 else 0)
-    found = Best(np.zeros((len(logits), count), np.int64), np.full((len(logits), count), -math.inf, np.float32))
-    for row, ids, logprobs in zip(logits, found.ids, found.logprobs, strict=True):
-        choice = sampler.choose(row)
-        others = [pair for pair in choice.top if pair[0] != choice.id][: count - 1]
-        for n, (i, logprob) in enumerate([(choice.id, choice.logprob), *others]):
-            ids[n], logprobs[n] = i, logprob
-    return found
+class BestOf:
+    """The most probable tokens of any rows of logits; it keeps its buffers."""
+
+    def __init__(self) -> None:
+        self._sampler = Sampler(Sampling())
+
+    def __call__(self, logits: FloatArray, count: int) -> Best:
+        """The `count` most probable tokens of each row of logits [n, vocab]. The first is what a greedy
+        `Sampler.choose` takes, with its log-prob rounded to float32. EngineError as there."""
+        self._sampler.top = count if count > 1 else 0
+        found = Best(np.zeros((len(logits), count), np.int64), np.full((len(logits), count), -math.inf, np.float32))
+        for row, ids, logprobs in zip(logits, found.ids, found.logprobs, strict=True):
+            choice = self._sampler.choose(row)
+            others = [pair for pair in choice.top if pair[0] != choice.id][: count - 1]
+            for n, (i, logprob) in enumerate([(choice.id, choice.logprob), *others]):
+                ids[n], logprobs[n] = i, logprob
+        return found
 
 
 class _Wishes:

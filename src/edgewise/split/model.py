@@ -20,12 +20,11 @@ import numpy as np
 
 from edgewise.engines.base import Row, StageRow
 from edgewise.engines.local import LocalModel
-from edgewise.engines.sampling import best_of
 from edgewise.engines.slots import CHUNK
 from edgewise.errors import EngineClosed, RemoteBroken, RemoteError, RemoteTimeout, TailLost, UsageError
 from edgewise.split.boundary import BoundaryLog
 from edgewise.split.channel import CONNECT_S, Channel, Patience, Refused, Way
-from edgewise.split.worker import projected
+from edgewise.split.head import Head
 from edgewise.types import Best, FloatArray
 from edgewise.wire import frame as wire
 from edgewise.wire.codec import codec
@@ -37,7 +36,7 @@ FIRST_PAUSE_S: Final = 0.05  # between attempts to connect, doubled each time
 LONGEST_PAUSE_S: Final = 2.0
 TURNS: Final = 4  # of the event loop after a token that was computed here: what mends the connection needs some
 
-Head = Literal["cloud", "edge"]
+Place = Literal["cloud", "edge"]
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +48,7 @@ class SplitOptions:
 
     cut: int
     codec: str = "int8"
-    head: Head = "cloud"
+    head: Place = "cloud"
     tail: bool = True
     patience_s: float = 30.0
 
@@ -102,6 +101,7 @@ class SplitModel:
         self._hello = wire.Hello(model.name, weights, model.numerics)
         self._wanted = (options.cut, codec(options.codec))
         self._front, self._back = model.stage(range(last)), model.stage(range(last))
+        self._head = Head(model)
         self._sessions: dict[str, _Session] = {}
         self._ways, self._patience = list(ways), Patience()
         self._channel: Channel | None = None
@@ -220,11 +220,12 @@ class SplitModel:
         channel = self._channel
         assert channel is not None
         best = row.best if self._options.head == "cloud" else 0
+        self._model.expect(soon=False)
         found = []
         for frame in self._frames(session, row.want, best):
             if frame.want:
                 answer = await channel.ask(frame)
-                self._model.announce()  # the next token's row, once it is chosen
+                self._model.expect(soon=True)  # the next token's row, once it is chosen
                 self.tally.bytes_down += len(answer.payload)
                 found.append(self._read(answer, frame))
             else:
@@ -270,7 +271,7 @@ class SplitModel:
         if not asked.best and answer.kind == Kind.HIDDEN and (answer.want, answer.back) == (asked.want, asked.back):
             coding = codec("exact") if self._options.head == "cloud" else self._wanted[1]
             rows = wire.rows_of(answer, coding.row_bytes(self._front.hidden))
-            return projected(self._model, coding.decode(rows, self._front.hidden))
+            return self._head.logits(coding.decode(rows, self._front.hidden)).copy()
         raise RemoteBroken(f"the worker answered rows with {answer.kind.name} of {answer.want}", hint="is it Edgewise?")
 
     async def _here(self, session: _Session, row: Row) -> FloatArray | Best:
@@ -287,8 +288,9 @@ class SplitModel:
         if self._options.head == "edge" and row.want:
             coding = session.log.codec  # as it would have come back
             hidden = coding.decode(coding.encode(hidden), self._front.hidden)
-        logits = projected(self._model, hidden)
-        return best_of(logits, row.best) if row.best and self._options.head == "cloud" else logits
+        if row.best and self._options.head == "cloud":
+            return self._head.best(hidden, row.best)
+        return self._head.logits(hidden).copy()  # of other sessions there may be more before they are read
 
     # The worker: lost, found, brought up.
 

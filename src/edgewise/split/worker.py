@@ -15,13 +15,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
-import numpy as np
-
 from edgewise.engines.base import StageRow
 from edgewise.engines.local import LocalModel
-from edgewise.engines.sampling import best_of
-from edgewise.engines.slots import CHUNK
 from edgewise.errors import BadFrame, EdgewiseError, Overloaded, UsageError
+from edgewise.split.head import Head
 from edgewise.types import FloatArray
 from edgewise.wire import frame as wire
 from edgewise.wire.codec import codec_numbered
@@ -84,7 +81,7 @@ class Worker:
                 hint=f"a worker holds the last ones: START:{model.card.layers}",
             )
         self.model, self.weights, self.layers = model, weights, layers
-        self._stage = model.stage(layers)
+        self._stage, self._head = model.stage(layers), Head(model)
         self._inline, self._keep_s = inline, keep_s
         self._sessions: dict[int, _Held] = {}
         self._waiting: deque[_Job] = deque()
@@ -100,7 +97,7 @@ class Worker:
     async def converse(self, receive: Receive, send: Send) -> None:
         """One connection, from its first frame to its end. It ends by itself where an edge breaks the rules; the reason
         is the last that it is sent."""
-        if self._steps is None:
+        if self._steps is None and not self._inline:
             self._steps = asyncio.create_task(self._work())
         connection = _Connection()
         writer = asyncio.create_task(_write(connection, send))
@@ -126,10 +123,10 @@ class Worker:
             message = await receive()
             if message is None:
                 return
-            self.model.announce()
+            self.model.expect(soon=True)
             try:
                 frame = wire.unpack(message)
-                answer = self._answer(connection, frame)
+                answer = await self._answer(connection, frame)
             except BadFrame as e:
                 connection.answers.put_nowait(_error(Frame(Kind.ERROR), e.code, str(e)))
                 return
@@ -138,7 +135,7 @@ class Worker:
                 if answer.kind == Kind.ERROR and not answer.session:
                     return
 
-    def _answer(self, connection: _Connection, frame: Frame) -> Frame | None:
+    async def _answer(self, connection: _Connection, frame: Frame) -> Frame | None:
         """What can be said at once; None for what waits for its turn."""
         if frame.kind == Kind.HELLO:
             return self._greet(connection, frame)
@@ -149,7 +146,14 @@ class Worker:
         if not frame.session:
             raise BadFrame(f"a {frame.kind.name} of session 0, which is the connection")
         self._waiting.append(_Job(connection, frame))
-        self._wake.set()
+        if not self._inline:
+            self._wake.set()
+            return None
+        if len(self._sessions) > 1:
+            await asyncio.sleep(0)  # what came meanwhile joins the step
+        if self._waiting:
+            await self._turn(self._next_jobs())
+            self.model.expect(soon=False)
         return None
 
     def _greet(self, connection: _Connection, frame: Frame) -> Frame:
@@ -293,16 +297,8 @@ class Worker:
         if not frame.best:
             payload = codec_numbered(frame.back).encode(hidden).tobytes()
             return Frame(Kind.HIDDEN, *common, back=frame.back, payload=payload)
-        best = best_of(projected(self.model, hidden), frame.best)
+        best = self._head.best(hidden, frame.best)
         return Frame(Kind.TOKENS, *common, best=frame.best, payload=wire.write_best(best))
-
-
-def projected(model: LocalModel[Any], hidden: FloatArray) -> FloatArray:
-    """Logits float32 [n, vocab] of hidden states [n, hidden] behind the last layer."""
-    logits = np.empty((len(hidden), model.vocab), np.float32)
-    for start in range(0, len(hidden), CHUNK):
-        model.project(hidden[start : start + CHUNK], logits[start : start + CHUNK])
-    return logits
 
 
 async def _write(connection: _Connection, send: Send) -> None:

@@ -57,8 +57,11 @@ EXPORT const char *ew_start(const char *name, int wanted) {
     return best->name;
 }
 
-/* Rows come soon. */
-EXPORT void ew_announce(void) { ew_pool_announce(); }
+/* Whether rows come soon. */
+EXPORT void ew_expect(int soon) {
+    if (soon) ew_pool_announce();
+    else ew_pool_rest();
+}
 
 /* ---- packing ---- */
 

@@ -109,6 +109,7 @@ extern const ew_kernels ew_kernels_avx512bf16, ew_kernels_avx512, ew_kernels_avx
    pool's (1 .. threads - 1). ew_pool_start gives the number of threads there are; it never ends one. A fork's child has
    none until it starts its own. */
 int ew_pool_start(int threads);
+void ew_pool_rest(void);     /* no work comes for longer than that: threads that wait for some need not spin */
 void ew_pool_announce(void); /* work comes in some 100 us: threads that sleep wake up meanwhile */
 void ew_parallel(int items, void (*f)(void *context, int item, int thread), void *context);
 

@@ -25,6 +25,7 @@ static struct {
     _Atomic uint32_t items, finished;
     _Atomic int sleepers;
     _Atomic uint32_t calls; /* times that sleepers were told of work to come */
+    _Atomic int resting;    /* nothing comes for a while: nobody spins */
     atomic_flag busy;
     _Atomic(void *) context;
     void (*_Atomic f)(void *, int, int);
@@ -70,7 +71,7 @@ static void *worker(void *number) {
     uint32_t job = 0;
     for (;;) {
         const uint32_t calls = atomic_load(&pool.calls);
-        for (int i = 1; i <= SPINS && job_of(atomic_load(&pool.ticket)) == job; i++) spin(i);
+        for (int i = 1; i <= SPINS && job_of(atomic_load(&pool.ticket)) == job && !atomic_load(&pool.resting); i++) spin(i);
         if (job_of(atomic_load(&pool.ticket)) == job) sleep_until_changed(job, calls);
         if (job_of(atomic_load(&pool.ticket)) == job) continue; /* announced, not there yet */
         job = job_of(atomic_load(&pool.ticket));
@@ -111,7 +112,10 @@ static void wake_sleepers(void) {
     pthread_mutex_unlock(&pool.lock);
 }
 
+void ew_pool_rest(void) { atomic_store(&pool.resting, 1); }
+
 void ew_pool_announce(void) {
+    atomic_store(&pool.resting, 0);
     atomic_fetch_add(&pool.calls, 1);
     wake_sleepers();
 }
@@ -122,6 +126,7 @@ void ew_parallel(int items, void (*f)(void *, int, int), void *context) {
         return;
     }
     const uint64_t job = job_of(atomic_load(&pool.ticket));
+    atomic_store(&pool.resting, 0);
     atomic_store(&pool.ticket, job << 32 | UINT32_MAX); /* a late worker must not claim an item of a job half written */
     atomic_store(&pool.finished, 0);
     atomic_store(&pool.f, f);
