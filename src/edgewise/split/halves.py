@@ -144,11 +144,7 @@ class OnnxSplit:
     ) -> tuple[OnnxSplit, str]:
         """Cut where the profile's plan for that link says, and the codec to use. UsageError for another file's."""
         graph, taken = Graph.open(path, shapes), Profile.read(profile)
-        if taken.digest != graph.digest:
-            raise UsageError(
-                f"{profile} is of {taken.model} {taken.digest[:DIGEST]}, and {path} is {graph.digest[:DIGEST]}",
-                hint="make one of this file with `edgewise split profile`",
-            )
+        taken.check(graph.digest)
         plan = taken.plans().at(link_named(link) if isinstance(link, str) else link)
         return OnnxSplit(Halves(graph, plan.units)), plan.codec or "exact"
 

@@ -169,6 +169,19 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """Those that were measured."""
         return tuple(self.tensors[0].coded) if self.tensors else ()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the inputs that it was measured with."""
+        return {tensor.name: tensor.shape for tensor in self.tensors if tensor.producer is None}
+
+    def check(self, digest: str) -> None:
+        """UsageError if it is of another file than the one with that digest."""
+        if self.digest != digest:
+            raise UsageError(
+                f"the profile is of {self.model} {self.digest[:16]}, and the file is {digest[:16]}",
+                hint="make one of this file with `edgewise split profile`",
+            )
+
     def dag(self, codec: str, *, edge: float = 1.0, cloud: float = 1.0, request_s: float = 0.0) -> Dag:
         """The graph with every tensor under one codec, integers exact. `edge` and `cloud` are how many times longer
         than this machine a side takes; nodes are units by their numbers."""

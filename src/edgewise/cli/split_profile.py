@@ -1,0 +1,185 @@
+"""`edgewise split profile`: what each cut of an ONNX file takes on this machine; and plans that are made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgewise.cli.options import Debug, Json
+from edgewise.cli.output import columns, megabytes, note, result
+from edgewise.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgewise.devices.links import LinkProfile
+    from edgewise.models.graph import Graph
+    from edgewise.split.profile import Plan
+
+DRAWN = 4  # inputs, where none are given
+
+
+def profile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="where it is written", show_default=False)],
+    inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=".npz: an array by each input's name, one request a row; unset: drawn ones"),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=1,3,224,224", help="of an input whose axes are free")
+    ] = None,
+    upload_bytes: Annotated[
+        float | None,
+        typer.Option(metavar="BYTES", help="what the cloud alone is sent for a request (a JPEG, say), on average"),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how long the two halves take at each cut of a network, and the bytes between them, for
+    `edgewise split plan`. Takes some thirty times as many runs of the network as it has cuts."""
+    from edgewise.models.graph import Graph
+    from edgewise.split.profile import Coding
+    from edgewise.split.profiling import profiled
+
+    graph = Graph.open(model, _shapes(shape or []))
+    given = _drawn(graph) if inputs is None else _read(graph, inputs)
+    if inputs is None:
+        note("measured with random inputs: bytes and errors will be others for real ones; give some with --inputs")
+    upload = None if upload_bytes is None else {graph.inputs[0]: Coding(upload_bytes)}
+    found = profiled(graph, given, upload=upload, tell=note)
+    found.save(out)
+    whole = next(cut for cut in found.cuts if not cut.edge)
+    data = {
+        "model": found.model,
+        "digest": found.digest,
+        "path": str(out),
+        "inputs": found.inputs,
+        "cuts": len(found.cuts),
+        "whole_ms": whole.back_s * 1e3,
+    }
+    text = f"{found.model}: {len(found.cuts)} cuts, {whole.back_s * 1e3:.3g} ms without one; written to {out}"
+    result(data, text, as_json=json)
+
+
+def show_plan(
+    model: Path,
+    profile: Path,
+    link: LinkProfile,
+    *,
+    edge: float = 1.0,
+    cloud: float = 1.0,
+    max_error: float | None = None,
+    edge_bytes: int | None = None,
+    as_json: bool,
+) -> None:
+    """What `edgewise split plan MODEL.onnx --profile FILE` says. `edge` and `cloud` are how many times longer than the
+    profile's machine they take. UsageError if the profile is of another file."""
+    from edgewise.models.graph import Graph
+    from edgewise.split.profile import MAX_ERROR, Profile
+
+    taken = Profile.read(profile)
+    taken.check(Graph.open(model, taken.shapes).digest)
+    error = MAX_ERROR if max_error is None else max_error
+    plan = taken.plans(edge=edge, cloud=cloud, max_error=error, edge_bytes=edge_bytes).at(link)
+    reasons = _reasons(plan, link, error)
+    result(_data(taken.model, plan, link, reasons), _text(taken.model, plan, reasons), as_json=as_json)
+
+
+def _data(model: str, plan: Plan, link: LinkProfile, reasons: list[str]) -> dict[str, Any]:
+    return {
+        "feasible": True,
+        "model": model,
+        "link": link.name,
+        "place": plan.place,
+        "cut": list(plan.crossing),
+        "units": len(plan.units),
+        "edge_bytes": plan.front_bytes,
+        "codec": plan.codec,
+        "bytes_up": plan.up_bytes,
+        "bytes_down": plan.down_bytes,
+        "predicted_ms": plan.seconds * 1e3,
+        "baselines": {"edge_only_ms": _ms(plan.edge_only_s), "cloud_only_ms": _ms(plan.cloud_only_s)},
+        "reasons": reasons,
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _text(model: str, plan: Plan, reasons: list[str]) -> str:
+    rows = [("", "ms", "bytes up", "bytes down")]
+    rows.append((plan.place, f"{plan.seconds * 1e3:.4g}", str(plan.up_bytes), str(plan.down_bytes)))
+    for name, seconds in (("edge alone", plan.edge_only_s), ("cloud alone", plan.cloud_only_s)):
+        rows.append((name, "not allowed" if seconds is None else f"{seconds * 1e3:.4g}", "", ""))
+    head = f"{model}: {len(plan.units)} units here, with {megabytes(plan.front_bytes)} of weights"
+    return "\n".join([head, columns(rows), "why:", *(f"  {reason}" for reason in reasons)])
+
+
+def _reasons(plan: Plan, link: LinkProfile, max_error: float) -> list[str]:
+    if plan.place == "edge":
+        return [f"every way through {link.name} takes longer than computing here"]
+    if plan.place == "cloud":
+        return [f"{link.name} carries the input in less time than computing here saves"]
+    alone = [seconds for seconds in (plan.edge_only_s, plan.cloud_only_s) if seconds is not None]
+    gain = (
+        f"{min(alone) / plan.seconds:.2f} times as fast as the better side alone" if alone else "no side may be alone"
+    )
+    return [
+        f"cut at {', '.join(plan.crossing)}: {gain}",
+        f"{plan.codec} is the codec that is soonest there with an error of at most {max_error:g} in the answer",
+    ]
+
+
+def _shapes(given: list[str]) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for one in given:
+        name, _, axes = one.rpartition("=")
+        try:
+            found[name] = tuple(int(axis) for axis in axes.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--shape is {one!r}", hint="write the input's name and its axes: image=1,3,224,224"
+            ) from None
+    return found
+
+
+def _drawn(graph: Graph) -> list[dict[str, npt.NDArray[Any]]]:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(DRAWN):
+        one = {}
+        for name in graph.inputs:
+            tensor = graph.tensors[name]
+            if tensor.shape is None or tensor.dtype is None or tensor.dtype.kind != "f":
+                raise UsageError(
+                    f"the input {name!r} of {graph.name} is {tensor.dtype}, for which nothing can be drawn",
+                    hint="give real ones: --inputs FILE.npz",
+                )
+            one[name] = random.normal(size=tensor.shape).astype(tensor.dtype)
+        found.append(one)
+    return found
+
+
+def _read(graph: Graph, path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """Row by row. No pickle is opened."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in graph.inputs}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} holds no inputs of {graph.name}: {error}",
+            hint=f"numpy.savez(FILE, {', '.join(f'{name}=…' for name in graph.inputs)}), one request a row",
+        ) from error
+    counts = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(counts) != 1 or not max(counts):
+        raise UsageError(f"the inputs in {path} have {sorted(counts)} rows; the same number is needed, at least 1")
+    return [{name: array[row : row + 1] for name, array in arrays.items()} for row in range(max(counts))]
