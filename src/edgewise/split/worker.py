@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 from edgewise.engines.base import StageRow
 from edgewise.engines.local import LocalModel
-from edgewise.errors import BadFrame, EdgewiseError, Overloaded, UsageError
+from edgewise.errors import BadFrame, CodecOverflow, EdgewiseError, Overloaded, UsageError
 from edgewise.split.head import Head
 from edgewise.types import FloatArray
 from edgewise.wire import frame as wire
@@ -41,6 +41,7 @@ class _Held:
 
     epoch: int
     cut: int
+    limit: int
     owner: _Connection | None
     used: float = field(default_factory=time.monotonic)
 
@@ -50,6 +51,7 @@ class _Connection:
     """One edge. `answers` holds what is to be sent, None at the end."""
 
     known: bool = False  # its HELLO was accepted
+    ended: bool = False
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WAITING))
     answers: asyncio.Queue[Frame | None] = field(default_factory=asyncio.Queue)
 
@@ -104,6 +106,7 @@ class Worker:
         try:
             await self._read(connection, receive, writer)
         finally:
+            connection.ended = True
             for held in self._sessions.values():
                 if held.owner is connection:
                     held.owner, held.used = None, time.monotonic()
@@ -176,7 +179,7 @@ class Worker:
         if held is not None and frame.epoch < held.epoch:
             return _error(frame, "stale", f"the session is in epoch {held.epoch}, the frame in {frame.epoch}")
         if held is not None and (held.epoch, held.cut) == (frame.epoch, wanted.cut):
-            held.owner = connection
+            held.owner = None if connection.ended else connection
             return Frame(Kind.OPENED, frame.session, frame.epoch, self._stage.length(_name(frame.session)))
         if wanted.limit > self.model.context:
             return _error(frame, "limit", f"{wanted.limit} positions; this worker's model has {self.model.context}")
@@ -188,12 +191,13 @@ class Worker:
             return _error(frame, "layers", str(e))
         except Overloaded as e:
             return _error(frame, "full", str(e))
-        self._sessions[frame.session] = _Held(frame.epoch, wanted.cut, connection)
+        owner = None if connection.ended else connection  # it may have gone while this waited for its turn
+        self._sessions[frame.session] = _Held(frame.epoch, wanted.cut, wanted.limit, owner)
         return Frame(Kind.OPENED, frame.session, frame.epoch)
 
     async def _close(self, connection: _Connection, frame: Frame) -> None:
         held = self._sessions.get(frame.session)
-        if held is not None and held.owner is connection and held.epoch == frame.epoch:
+        if held is not None and held.owner in (connection, None) and held.epoch == frame.epoch:
             await self._forget(frame.session)
         connection.room.release()  # nothing is answered
 
@@ -254,9 +258,9 @@ class Worker:
     async def _step(self, jobs: list[_Job]) -> list[Frame]:
         """An answer to each."""
         started = time.perf_counter()
-        checked = [self._checked(job) for job in jobs]
-        rows = [row for row in checked if isinstance(row, StageRow)]
         try:
+            checked = [self._checked(job) for job in jobs]
+            rows = [row for row in checked if isinstance(row, StageRow)]
             hidden = iter(await self._stage.forward(rows) if rows else ())
             answers = [
                 self._result(job.frame, next(hidden)) if isinstance(row, StageRow) else row
@@ -278,8 +282,8 @@ class Worker:
         length = self._stage.length(_name(frame.session))
         if frame.position > length:
             return _error(frame, "gap", f"rows from {frame.position} on; {length} are held", position=length)
-        if frame.position + frame.rows > self.model.context:
-            return _error(frame, "limit", f"{frame.position + frame.rows} positions; there are {self.model.context}")
+        if frame.position + frame.rows > held.limit:
+            return _error(frame, "limit", f"{frame.position + frame.rows} positions; the session has {held.limit}")
         held.used = time.monotonic()
         try:
             coding = codec_numbered(frame.codec)
@@ -295,7 +299,10 @@ class Worker:
             return Frame(Kind.HELD, frame.session, frame.epoch, held)
         common = (frame.session, frame.epoch, frame.position, frame.rows, frame.want)
         if not frame.best:
-            payload = codec_numbered(frame.back).encode(hidden).tobytes()
+            try:
+                payload = codec_numbered(frame.back).encode(hidden).tobytes()
+            except CodecOverflow as e:
+                return _error(frame, "failed", str(e))
             return Frame(Kind.HIDDEN, *common, back=frame.back, payload=payload)
         best = self._head.best(hidden, frame.best)
         return Frame(Kind.TOKENS, *common, best=frame.best, payload=wire.write_best(best))
@@ -303,9 +310,12 @@ class Worker:
 
 async def _write(connection: _Connection, send: Send) -> None:
     """Answers in the order in which they came to be, until None."""
-    while (answer := await connection.answers.get()) is not None:
-        await send(wire.pack(answer))
-        connection.room.release()
+    try:
+        while (answer := await connection.answers.get()) is not None:
+            await send(wire.pack(answer))
+            connection.room.release()
+    finally:
+        connection.room.release()  # whoever waits to read on learns that nobody is there
 
 
 def _error(frame: Frame, code: str, message: str, position: int = 0) -> Frame:
