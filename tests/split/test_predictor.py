@@ -256,6 +256,9 @@ def test_features_of_any_cut_are_answered_and_others_refused(graph: Graph, tmp_p
     for label in ("", digest, f"{digest}@", f"{digest}@zz", f"{digest}@-1", f"{digest}@2", f"{digest}@{'f' * 900}"):
         with pytest.raises(BadFrame):
             half.answer(encode({"image": images()}, label=label))
+    for wrong in (images().astype(np.float64), images()[0]):
+        with pytest.raises(BadFrame, match="'image' came as float"):
+            half.answer(encode({"image": wrong}, "exact", label=f"{digest}@0"))
     with pytest.raises(BadFrame, match="the features lack 'image'"):
         half.answer(encode({}, label=f"{digest}@0"))
     half.close()

@@ -26,14 +26,12 @@ Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 Side = Literal["front", "back"]
 
-SIDES: Final[tuple[Side, ...]] = ("front", "back")
-
 MOST_CUTS: Final = 4  # whose second halves a side holds ready
 DIGEST: Final = 16  # characters that a label has of a model's
 
 
 class Halves:
-    """A cut of `graph` with the units of `edge` in front. Each half is loaded when it is first run, or by `load`.
+    """A cut of `graph` with the units of `edge` in front. Each half is loaded when it is first run.
     Runs may overlap from several threads."""
 
     def __init__(self, graph: Graph, edge: Set[int]) -> None:
@@ -43,11 +41,6 @@ class Halves:
         self.crossing, self.late = self._cut.crossing, self._cut.late
         self._parts: dict[str, OnnxPart] = {}
         self._loading = threading.Lock()
-
-    def load(self, *sides: Side) -> None:
-        """Have these halves ready, without any both."""
-        for side in sides or SIDES:
-            self._part(side)
 
     def _part(self, side: Side) -> OnnxPart | None:
         """None for a half without units."""
@@ -67,11 +60,18 @@ class Halves:
 
     def back(self, crossing: Tensors) -> dict[str, Array]:
         """The outputs that the front does not make. BadFrame if what arrived is not what crosses here."""
-        missing = [name for name in self.crossing if name not in crossing]
-        if missing:
-            raise BadFrame(f"the features lack {missing[0]!r} of the cut {self.label}")
+        for name in self.crossing:
+            self._check(name, crossing.get(name))
         part = self._part("back")
         return {} if part is None else part.run(crossing)
+
+    def _check(self, name: str, value: Array | None) -> None:
+        if value is None:
+            raise BadFrame(f"the features lack {name!r} of the cut {self.label}")
+        wanted = self.graph.tensors[name]
+        if value.dtype != wanted.dtype or (wanted.shape is not None and value.ndim != len(wanted.shape)):
+            came, expected = f"{value.dtype} {list(value.shape)}", f"{wanted.dtype} {list(wanted.shape or ())}"
+            raise BadFrame(f"{name!r} came as {came}; at the cut {self.label} it is {expected}")
 
     def runs(self, inputs: Tensors) -> tuple[Callable[[], object] | None, Callable[[], object] | None]:
         """What runs each half, loaded, on these inputs, as often as it is called: to measure with. None for a half
