@@ -188,3 +188,22 @@ def test_a_node_that_says_nothing_is_killed(tiers: ModuleType, monkeypatch: pyte
     with pytest.raises(tiers.DemoError, match="its first line is ''"), tiers.node("cloud", "cloud"):
         pass
     assert [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)] == []
+
+
+def test_a_sentence_survives_the_cut_of_its_link(
+    monkeypatch: pytest.MonkeyPatch, tiers: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """demo/cut.py, over real processes and a real relay."""
+    import cut
+
+    monkeypatch.setattr(cut, "CLOUD_MODEL", "tiny")
+    monkeypatch.setattr(cut, "CUT_AFTER", 10)
+    monkeypatch.setattr(cut, "BACK_AFTER", 30)
+    monkeypatch.setattr(cut, "TOKENS", 60)
+    monkeypatch.setattr(cut, "pull_bundles", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["cut.py"])
+    assert cut.main() == 0
+    said = capsys.readouterr().out
+    assert said.index("[link cut]") < said.index("[link back]")
+    assert "by the worker" in said
+    assert "the same words as without the cut" in said

@@ -41,6 +41,8 @@ def test_every_command_of_the_readme_exists(line: str) -> None:
         case "edgewise":
             section = HELP.split(f"## `edgewise {words[1]}`\n")[1].split("\n## ")[0]
             assert all(re.search(rf"{flag}\b", section) for flag in words[2:] if flag.startswith("--"))
+        case "python":
+            assert (ROOT / words[1]).is_file()
         case "pip":
             assert words[1:] == ["install", "-e", "."]
         case _:

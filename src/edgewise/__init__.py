@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgewise.devices.views import EdgeGPUSpecs, benchmarks, edge_chips
     from edgewise.joint.inference import JointInference
+    from edgewise.split.inference import LayerSplitInference
 
-__all__ = ["EdgeGPUSpecs", "JointInference", "__version__", "benchmarks", "edge_chips"]
+__all__ = ["EdgeGPUSpecs", "JointInference", "LayerSplitInference", "__version__", "benchmarks", "edge_chips"]
 __version__ = "0.1.0"
 
 # Loaded when first used, so that `import edgewise` stays light.
 _DOORS = {
     "EdgeGPUSpecs": "edgewise.devices.views",
     "JointInference": "edgewise.joint.inference",
+    "LayerSplitInference": "edgewise.split.inference",
     "benchmarks": "edgewise.devices.views",
     "edge_chips": "edgewise.devices.views",
 }
