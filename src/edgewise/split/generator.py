@@ -13,6 +13,8 @@ from edgewise.engines.decode import Decoder
 from edgewise.engines.local import LocalModel
 from edgewise.errors import RemoteRefused, RemoteTimeout, Unreachable
 from edgewise.models.bundle import Bundle
+from edgewise.models.outline import of_card
+from edgewise.plan.codec_table import shipped
 from edgewise.settings import SplitSettings
 from edgewise.split.channel import Way
 from edgewise.split.model import SplitModel, SplitOptions, Tally, greeted
@@ -62,9 +64,10 @@ def open_generator(
     RemoteTimeout if none is there and its layers may not run here."""
     welcome = _welcome(engine, bundle, ways, needed=not settings.tail)
     first = 0 if welcome is None else welcome.layers[0]
+    cut = settings.cut or _cut(engine, first)
     options = SplitOptions(
-        settings.cut or _cut(engine, first),
-        "int8" if settings.codec == "auto" else settings.codec,
+        cut,
+        _cheapest(engine, bundle, cut, settings.max_rise) if settings.codec == "auto" else settings.codec,
         "edge" if settings.head == "edge" else "cloud",
         settings.tail,
         settings.patience_s,
@@ -88,6 +91,13 @@ def _welcome(engine: LocalModel[Any], bundle: Bundle, ways: Sequence[Way], *, ne
         raise trouble
     log.warning("%s; the layers behind the cut run here until a worker comes", trouble)
     return None
+
+
+def _cheapest(engine: LocalModel[Any], bundle: Bundle, cut: int, max_rise: float) -> str:
+    """The codec of the fewest bytes that is known to keep to the budget at this cut of the model."""
+    chosen = shipped().cheapest(of_card(engine.card, name=engine.name), cut, max_rise, bundle.weights)
+    log.info("%s", chosen.reason)
+    return chosen.codec
 
 
 def _cut(engine: LocalModel[Any], first: int) -> int:

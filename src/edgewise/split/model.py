@@ -27,10 +27,10 @@ from edgewise.split.channel import CONNECT_S, Channel, Patience, Refused, Way
 from edgewise.split.head import Head
 from edgewise.types import Best, FloatArray
 from edgewise.wire import frame as wire
-from edgewise.wire.codec import codec
+from edgewise.wire.codec import codec, codec_numbered
 from edgewise.wire.frame import Frame, Kind
 
-NEAR: Final = 4  # rows that a worker may lack when it takes over: they go with its first question
+NEAR: Final = 64  # rows that a worker may lack when it takes over: they go with its first question
 SETTLE_S: Final = 1.0  # that a worker has for the answers which came too late, before it is connected anew
 FIRST_PAUSE_S: Final = 0.05  # between attempts to connect, doubled each time
 LONGEST_PAUSE_S: Final = 2.0
@@ -207,7 +207,7 @@ class SplitModel:
     async def _finished(self, session: _Session, row: Row) -> FloatArray | Best:
         """What the row wanted, from wherever it can be had."""
         while True:
-            if self.connected and session.joined.is_set():
+            if session.joined.is_set():  # it may have ended since: then that is noticed here
                 try:
                     return await self._there(session, row)
                 except RemoteError as e:
@@ -219,6 +219,7 @@ class SplitModel:
     async def _there(self, session: _Session, row: Row) -> FloatArray | Best:
         channel = self._channel
         assert channel is not None
+        channel.check()
         best = row.best if self._options.head == "cloud" else 0
         self._model.expect(soon=False)
         found = []
@@ -269,7 +270,7 @@ class SplitModel:
         if asked.best and answer.kind == Kind.TOKENS and (answer.want, answer.best) == (asked.want, asked.best):
             return wire.read_best(answer)
         if not asked.best and answer.kind == Kind.HIDDEN and (answer.want, answer.back) == (asked.want, asked.back):
-            coding = codec("exact") if self._options.head == "cloud" else self._wanted[1]
+            coding = codec_numbered(asked.back)
             rows = wire.rows_of(answer, coding.row_bytes(self._front.hidden))
             return self._head.logits(coding.decode(rows, self._front.hidden)).copy()
         raise RemoteBroken(f"the worker answered rows with {answer.kind.name} of {answer.want}", hint="is it Edgewise?")
