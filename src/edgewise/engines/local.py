@@ -19,6 +19,7 @@ from edgewise.engines.slots import Part, Slots
 from edgewise.errors import ContextFull, EngineClosed, EngineError, UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.models.card import Card
+from edgewise.models.gains import Gains
 from edgewise.types import FloatArray, IdArray
 
 KV = TypeVar("KV")
@@ -81,6 +82,8 @@ class LocalModel(ABC, Generic[KV]):
         self.slots = slots
         self._sessions = self._new_slots()
         self._closed = False
+        self._bundle = bundle
+        self._gains: Gains | None = None
         self._logits = np.empty((0, card.vocab), dtype=np.float32)
 
     @property
@@ -114,6 +117,13 @@ class LocalModel(ABC, Generic[KV]):
     @abstractmethod
     def _release(self) -> None:
         """Free the weights now, whoever still holds this object."""
+
+    def gains(self, cut: int) -> FloatArray:
+        """How much each number of the boundary before layer `cut` (0 .. layers) matters, float32 [hidden]: for its
+        codec. Of one bundle they are the same everywhere."""
+        if self._gains is None:
+            self._gains = Gains.of(self._bundle)
+        return self._gains.at(cut)
 
     def expect(self, soon: bool) -> None:
         """Rows come within some 100 microseconds, as long as a sleeping thread takes to wake up; or nothing comes for

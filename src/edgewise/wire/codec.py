@@ -7,7 +7,7 @@ For that, every step is exact or an elementwise operation of IEEE float32 in a f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -27,7 +27,6 @@ SIDE: Final = 12  # bytes: the head, and what lets the numbers have a little mor
 EXPONENT_BIAS: Final = 127
 UNIT_BITS: Final = UNITS.bit_length() - 1
 LARGEST_STEP: Final = np.float32(256)
-BELOW_ONE: Final = np.nextafter(np.float32(1), np.float32(0))
 
 
 class Codec(Protocol):
@@ -100,12 +99,13 @@ class Half:
 @dataclass(frozen=True, slots=True)
 class Coded:
     """The rotated row in whole steps of one size, as fine as the row's bytes have room for; its largest numbers beside
-    it."""
+    it. What it is off by is spread evenly over the row once that is multiplied by `gains` [width]."""
 
     name: str
     number: int
     bits: int  # of a number, about
     low: int  # see rice.py
+    gains: FloatArray | None = field(default=None, compare=False, repr=False)
 
     def row_bytes(self, width: int) -> int:
         return padded(width) * self.bits // 8 + SIDE
@@ -117,8 +117,9 @@ class Coded:
         out = np.zeros((count, row_bytes), np.uint8)
         if not out.size:
             return out
-        exponents = np.maximum(np.frexp(np.abs(rows).max(axis=1))[1], -EXPONENT_BIAS)
-        units = np.ldexp(rows, UNIT_BITS - exponents[:, None]).astype(np.int64)
+        weighed = rows.astype(np.float64) * (1.0 if self.gains is None else self.gains)
+        exponents = np.maximum(np.frexp(np.abs(weighed).max(axis=1))[1], -EXPONENT_BIAS)
+        units = np.ldexp(weighed, UNIT_BITS - exponents[:, None]).astype(np.int64)
         escapes = found(units, size)
         units[escapes.rows, escapes.channels] -= escapes.values
         turned = rotate(units.astype(np.float64))
@@ -148,8 +149,10 @@ class Coded:
         halves = read(payload[:, HEAD:], self._room(row_bytes, counts), self.low, size)
         rows = unrotate(halves.astype(np.float64), width) * (steps.astype(np.float64) / (2 * growth(size)))[:, None]
         rows[escapes.rows, escapes.channels] += escapes.values / UNITS
-        exponents = payload[:, :1].astype(np.int32) - EXPONENT_BIAS
-        return np.ldexp(np.clip(rows.astype(np.float32), -BELOW_ONE, BELOW_ONE), exponents)
+        rows = np.ldexp(rows, payload[:, :1].astype(np.int32) - EXPONENT_BIAS)
+        if self.gains is not None:
+            rows /= self.gains
+        return np.clip(rows, -LARGEST, LARGEST).astype(np.float32)
 
     @staticmethod
     def _room(row_bytes: int, escapes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -170,19 +173,21 @@ _CODECS: Final[Mapping[str, Codec]] = {
 _NUMBERED: Final[Mapping[int, Codec]] = {c.number: c for c in _CODECS.values()}
 
 
-def codec(name: str) -> Codec:
-    """UsageError with the names that there are."""
+def codec(name: str, gains: FloatArray | None = None) -> Codec:
+    """`gains` float32 [width], all above 0, are how much each number of a row matters (models/gains.py); both sides
+    must have the same. UsageError with the names that there are."""
     if name not in _CODECS:
         raise UsageError(f"there is no codec {name!r}; allowed are {', '.join(_CODECS)}")
-    return _CODECS[name]
+    found = _CODECS[name]
+    return replace(found, gains=gains) if isinstance(found, Coded) and gains is not None else found
 
 
-def codec_numbered(number: int) -> Codec:
+def codec_numbered(number: int, gains: FloatArray | None = None) -> Codec:
     """Of a frame's header. UsageError with the numbers that there are."""
     if number not in _NUMBERED:
         known = ", ".join(f"{c.number} ({c.name})" for c in _CODECS.values())
         raise UsageError(f"there is no codec with the number {number}; allowed are {known}")
-    return _NUMBERED[number]
+    return codec(_NUMBERED[number].name, gains)
 
 
 def _largest(rows: FloatArray, name: str) -> float:

@@ -37,7 +37,7 @@ class Escapes:
 
 
 def most_escapes(size: int) -> int:
-    """Of a row that is coded as `size` numbers: three quarters of a bit of each, and what a row has beside its numbers."""
+    """Of a row that is coded as `size` numbers: three quarters of a bit of each, and what it has beside them."""
     return (size * 3 // 4 + 64) // (8 * BYTES)
 
 
@@ -91,10 +91,10 @@ def _code(magnitudes: Ints, width: int) -> Ints:
     shift = 23 + 4 - _magnitude_bits(width)  # places of a float32 that an escape has not
     bits = magnitudes.astype(np.float32).view(np.uint32).astype(np.int64)
     codes = (bits + (1 << shift - 1) >> shift) - (int(SMALLEST.view(np.uint32)) >> shift)
-    return np.minimum(codes, (1 << _magnitude_bits(width)) - 1)
+    return np.asarray(np.minimum(codes, (1 << _magnitude_bits(width)) - 1))
 
 
 def _value(codes: Ints, width: int) -> Ints:
     shift = 23 + 4 - _magnitude_bits(width)
     bits = (codes + (int(SMALLEST.view(np.uint32)) >> shift) << shift).astype(np.uint32)
-    return np.asarray(bits.view(np.float32), np.int64)
+    return bits.view(np.float32).astype(np.int64)
