@@ -39,7 +39,8 @@ def test_every_command_of_the_readme_exists(line: str) -> None:
             targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert words[1] in targets
         case "edgewise":
-            section = HELP.split(f"## `edgewise {words[1]}`\n")[1].split("\n## ")[0]
+            verb = next(v for n in (3, 2) if f"## `{(v := ' '.join(words[:n]))}`\n" in HELP)
+            section = HELP.split(f"## `{verb}`\n")[1].split("\n## ")[0]
             assert all(re.search(rf"{flag}\b", section) for flag in words[2:] if flag.startswith("--"))
         case "python":
             assert (ROOT / words[1]).is_file()

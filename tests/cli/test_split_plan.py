@@ -149,7 +149,8 @@ def test_this_machine_is_measured(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("split", "plan", "net.onnx"), "graph of operators"),
+        (("split", "plan", "net.onnx", "--privacy-depth", "3"), "for language models"),
+        ((*SMOL, "--edge-slower", "2"), "are for .onnx files"),
         ((*SMOL, "--link", "pigeon"), "no link 'pigeon'"),
         ((*SMOL, "--device", "toaster"), "no device 'toaster'"),
         ((*SMOL, "--edge-memory", "much"), "--edge-memory is 'much'"),

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from edgewise.cli.main import run
 from edgewise.cli.options import Run
 from edgewise.cli.split_profile import profile, show_plan
 from edgewise.devices.links import link_named
@@ -48,13 +49,13 @@ def test_a_profile_is_made_and_planned_with(
     assert found.upload["image"].bytes == 700
     capsys.readouterr()
     for link, place in (("2g", "edge"), ("lan", None)):
-        show_plan(network, out, link_named(link), edge=1e4 if place is None else 1, as_json=True)
+        show_plan(network, out, link_named(link), edge=1e4 if place is None else 1, home=tmp_path, as_json=True)
         plan = json.loads(capsys.readouterr().out)
         assert plan["feasible"]
         assert place in (None, plan["place"])
         assert plan["predicted_ms"] <= min(plan["baselines"].values())
-        assert (plan["place"] == "edge") == (plan["bytes_up"] == 0)
-    show_plan(network, out, link_named("lan"), edge=1e4, as_json=False)
+        assert (plan["place"] == "edge") == (plan["bytes_per_token_up"] == 0)
+    show_plan(network, out, link_named("lan"), edge=1e4, home=tmp_path, as_json=False)
     text = capsys.readouterr().out
     assert "edge alone" in text
     assert "why:" in text
@@ -94,4 +95,18 @@ def test_a_plan_wants_the_profile_of_its_file(network: Path, call: App, tmp_path
     call(network, "-o", tmp_path / "net.json")
     other = residual(tmp_path / "other.onnx", seed=9)
     with pytest.raises(UsageError, match="make one of this file"):
-        show_plan(other, tmp_path / "net.json", link_named("5g"), as_json=True)
+        show_plan(other, tmp_path / "net.json", link_named("5g"), home=tmp_path, as_json=True)
+
+
+def test_a_file_without_a_profile_is_measured_once(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEWISE_HOME", str(tmp_path))
+    for told in ("measured with random inputs", ""):
+        assert run(["split", "plan", str(network), "--link", "5g", "--json"]) == 0
+        said = capsys.readouterr()
+        plan = json.loads(said.out)
+        assert told in said.err
+        assert (told == "") == (said.err == "")
+        assert {"feasible", "cut", "edge_bytes", "codec", "predicted_ms", "baselines", "reasons"} <= plan.keys()
+        assert plan["predicted_ms"] <= 1.02 * min(plan["baselines"].values())

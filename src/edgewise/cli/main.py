@@ -17,6 +17,7 @@ from edgewise.cli import (
     ask,
     bench,
     bench_import,
+    bench_split,
     calibrate,
     cloud,
     config,
@@ -31,6 +32,7 @@ from edgewise.cli import (
     serve,
     show,
     split_plan,
+    split_profile,
     split_serve,
 )
 from edgewise.cli.options import Run
@@ -76,8 +78,10 @@ app.command("doctor")(doctor.doctor)
 settings_verbs.command("show")(config.show)
 settings_verbs.callback()(config.config)
 bench_verbs.command("engines")(bench.engines)
+bench_verbs.command("split")(bench_split.split)
 bench_verbs.command("import")(bench_import.import_)
 split_verbs.command("plan")(split_plan.plan)
+split_verbs.command("profile")(split_profile.profile)
 split_verbs.command("serve")(split_serve.serve)
 app.add_typer(bench_verbs, name="bench")
 app.add_typer(split_verbs, name="split")

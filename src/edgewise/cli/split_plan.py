@@ -10,6 +10,7 @@ import typer
 
 from edgewise.cli.options import Config, Debug, Json
 from edgewise.cli.output import columns, result
+from edgewise.cli.split_profile import show_plan
 from edgewise.errors import UsageError
 from edgewise.settings import DEFAULT_MODEL, Settings, load
 
@@ -28,7 +29,7 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help='bundle, .gguf, Hugging Face directory or config.json, a public name, or e.g. "7B llama-like"',
+            help='bundle, .gguf, Hugging Face directory or config.json, a name, e.g. "7B llama-like"; or an .onnx',
         ),
     ] = DEFAULT_MODEL,
     link: Annotated[
@@ -63,16 +64,41 @@ def plan(
     codecs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="what codecs cost, as `edgewise bench split` measured it")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="of an .onnx file: what `edgewise split profile` measured; unset: it is measured now"
+        ),
+    ] = None,
+    edge_slower: Annotated[
+        float, typer.Option(metavar="X", help="of an .onnx file: the edge takes so many times what was measured")
+    ] = 1.0,
+    max_error: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="of an .onnx file: of its answer's power, by the codec")
+    ] = None,
     config: Config = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say how many of a model's layers should run here and the others in the cloud, with reasons. Exit code 1 if no
     cut keeps to all limits."""
+    settings = load(config=config).settings
     if Path(model).suffix.lower() == ".onnx":
+        _only_of_decoders(privacy_depth, max_ms, price, codecs, precision)
+        show_plan(
+            Path(model),
+            profile,
+            _link(link),
+            home=settings.home,
+            edge=edge_slower,
+            max_error=max_error,
+            edge_bytes=None if edge_memory is None else size(edge_memory, "--edge-memory"),
+            as_json=json,
+        )
+        return
+    if profile is not None or max_error is not None or edge_slower != 1:
         raise UsageError(
-            f"{model} is a graph of operators, for which there is no plan yet",
-            hint="a bundle, a .gguf, a Hugging Face directory, a public name or a size are allowed",
+            "--profile, --max-error and --edge-slower are for .onnx files", hint=f"{model} is planned from its sizes"
         )
     from edgewise.models.described import described
     from edgewise.plan import codec_table, partition
@@ -80,7 +106,6 @@ def plan(
     from edgewise.plan.precision import precision as named
     from edgewise.plan.speeds import shipped
 
-    settings = load(config=config).settings
     table = codec_table.shipped()
     wish = Wish(
         edge_memory_bytes=None if edge_memory is None else size(edge_memory, "--edge-memory"),
@@ -107,6 +132,16 @@ def plan(
     result(found.as_json(), _text(found), as_json=json)
     if not found.feasible:
         raise typer.Exit(NO)
+
+
+def _only_of_decoders(depth: int, max_ms: float | None, price: float | None, *files: object) -> None:
+    """UsageError for wishes that a plan of an .onnx file would pass over."""
+    if depth or max_ms is not None or price is not None or any(one is not None for one in files):
+        raise UsageError(
+            "an .onnx file is cut where its answer comes soonest; --privacy-depth, --max-ms, --price, --codecs and "
+            "--precision are for language models",
+            hint="allowed are --profile, --edge-slower, --max-error, --edge-memory and --link",
+        )
 
 
 def size(text: str, flag: str) -> int:

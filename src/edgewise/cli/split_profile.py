@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgewise.devices.links import LinkProfile
     from edgewise.models.graph import Graph
-    from edgewise.split.profile import Plan
+    from edgewise.split.profile import Plan, Profile
 
 DRAWN = 4  # inputs, where none are given
 
@@ -67,9 +67,10 @@ def profile(
 
 def show_plan(
     model: Path,
-    profile: Path,
+    profile: Path | None,
     link: LinkProfile,
     *,
+    home: Path,
     edge: float = 1.0,
     cloud: float = 1.0,
     max_error: float | None = None,
@@ -77,16 +78,34 @@ def show_plan(
     as_json: bool,
 ) -> None:
     """What `edgewise split plan MODEL.onnx --profile FILE` says. `edge` and `cloud` are how many times longer than the
-    profile's machine they take. UsageError if the profile is of another file."""
+    profile's machine they take. Without a profile the file is measured now, with random inputs, and the profile kept
+    under `home`. UsageError if the profile is of another file."""
     from edgewise.models.graph import Graph
     from edgewise.split.profile import MAX_ERROR, Profile
 
-    taken = Profile.read(profile)
+    taken = _kept(model, home) if profile is None else Profile.read(profile)
     taken.check(Graph.open(model, taken.shapes).digest)
     error = MAX_ERROR if max_error is None else max_error
     plan = taken.plans(edge=edge, cloud=cloud, max_error=error, edge_bytes=edge_bytes).at(link)
     reasons = _reasons(plan, link, error)
     result(_data(taken.model, plan, link, reasons), _text(taken.model, plan, reasons), as_json=as_json)
+
+
+def _kept(model: Path, home: Path) -> Profile:
+    """Of an earlier plan, or measured now."""
+    from edgewise.models.graph import Graph
+    from edgewise.split.profile import Profile
+    from edgewise.split.profiling import profiled
+
+    graph = Graph.open(model, {})
+    kept = home / "profiles" / f"{graph.digest}.json"
+    if kept.is_file():
+        return Profile.read(kept)
+    note("measured with random inputs: bytes and errors are others for real ones; `edgewise split profile` takes some")
+    found = profiled(graph, _drawn(graph), upload=None, tell=note)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    found.save(kept)
+    return found
 
 
 def _data(model: str, plan: Plan, link: LinkProfile, reasons: list[str]) -> dict[str, Any]:
@@ -99,8 +118,8 @@ def _data(model: str, plan: Plan, link: LinkProfile, reasons: list[str]) -> dict
         "units": len(plan.units),
         "edge_bytes": plan.front_bytes,
         "codec": plan.codec,
-        "bytes_up": plan.up_bytes,
-        "bytes_down": plan.down_bytes,
+        "bytes_per_token_up": plan.up_bytes,  # a request is one token
+        "bytes_per_token_down": plan.down_bytes,
         "predicted_ms": plan.seconds * 1e3,
         "baselines": {"edge_only_ms": _ms(plan.edge_only_s), "cloud_only_ms": _ms(plan.cloud_only_s)},
         "reasons": reasons,
