@@ -166,6 +166,7 @@ def open_worker(settings: Settings, layers: range | None = None, *, inline: bool
 
     bundle, model = local_bundle(settings), settings.model
     made = local_model(bundle, runtime=model.runtime, mode=model.mode, slots=model.slots, context=model.context)
+    made.give_back()
     return Worker(made, bundle.weights, layers=layers, inline=inline)
 
 
@@ -197,6 +198,7 @@ def open_split(settings: Settings) -> Generator:
     engine, tokenizer = loaded(bundle, runtime=model.runtime, mode=model.mode, slots=model.slots, context=model.context)
     assert split.url is not None, "callers look"
     ways = [Way(url, key, split.ca) for url in split.url.split(",")]
+    engine.give_back()  # a device that cannot hold the model must not hold it because it was checked
     return open_generator(engine, tokenizer, bundle, ways, split)
 
 

@@ -125,6 +125,10 @@ class LocalModel(ABC, Generic[KV]):
             self._gains = Gains.of(self._bundle)
         return self._gains.at(cut)
 
+    def give_back(self) -> None:
+        """All weights were read to be checked: memory of those that nobody uses need not stay. A hint like `expect`."""
+        return
+
     def expect(self, soon: bool) -> None:
         """Rows come within some 100 microseconds, as long as a sleeping thread takes to wake up; or nothing comes for
         longer than that, and other processes may have the cores. A hint: results are the same without."""

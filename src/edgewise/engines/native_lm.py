@@ -225,6 +225,9 @@ class NativeLM(LocalModel[_Memory]):
     def expect(self, soon: bool) -> None:
         self._weights.expect(soon)
 
+    def give_back(self) -> None:
+        self._weights.give_back()
+
     def cuts_at(self, layer: int) -> bool:
         return 0 <= layer <= self.card.layers
 
@@ -262,6 +265,9 @@ class _Weights:
     def bytes(self) -> int:
         """Of what decoding reads."""
         return len(self._packed.memory)
+
+    def give_back(self) -> None:
+        self._packed.give_back()
 
     def expect(self, soon: bool) -> None:
         self._library.ew_expect(soon)

@@ -76,6 +76,12 @@ class Packed:
     matrices: Mapping[str, Place]
     vectors: Mapping[str, Vector]
     memory: Bytes
+    file: mmap.mmap | None = None  # that the memory is a mapping of, and nothing else
+
+    def give_back(self) -> None:
+        """Pages that were read are no memory of this process any more; those that are used come again."""
+        if self.file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.file.madvise(mmap.MADV_DONTNEED)
 
     @property
     def address(self) -> int:
@@ -104,10 +110,10 @@ def opened(bundle: Bundle, wanted: Callable[[Container[str]], Shapes], checksum:
         return None
     try:
         with (bundle.path / DATA).open("rb") as file:
-            memory = np.frombuffer(mmap.mmap(file.fileno(), index.bytes, access=mmap.ACCESS_READ), np.uint8)
+            mapped = mmap.mmap(file.fileno(), index.bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError):
         return None
-    packed = Packed(index.matrices, index.vectors, memory)
+    packed = Packed(index.matrices, index.vectors, np.frombuffer(mapped, np.uint8), mapped)
     return packed if checksum(packed.address, index.bytes) == index.checksum else None
 
 
