@@ -7,13 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 
+from edgewise.engines.decode import Decoder
+from edgewise.engines.load import local_model
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
+from edgewise.models.tokenizer import Tokenizer
+from split.edges import CONTEXT
+from tiny import save_gguf, tiny
 
 
 class WorkerProcess:
@@ -55,6 +61,27 @@ class WorkerProcess:
 @pytest.fixture(scope="session")
 def bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pull(str(smollm2_gguf), home=tmp_path_factory.mktemp("home"), name="smollm2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer.open(bundle.path)
+
+
+@pytest.fixture
+async def whole(bundle: Bundle, tokenizer: Tokenizer) -> AsyncIterator[Decoder]:
+    """The same model in one piece."""
+    decoder = Decoder(local_model(bundle, slots=4, context=CONTEXT), tokenizer)
+    yield decoder
+    await decoder.close()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A random model of six layers, for what would take too long with the other."""
+    source = tmp_path_factory.mktemp("small") / "small.gguf"
+    save_gguf(tiny("llama", num_hidden_layers=6), source, gguf.GGMLQuantizationType.Q4_0)
+    return pull(str(source), home=source.parent / "home", name="small")
 
 
 @pytest.fixture

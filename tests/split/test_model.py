@@ -3,83 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from edgewise.engines.decode import Decoder
-from edgewise.engines.load import loaded, local_model
+from edgewise.engines.load import local_model
 from edgewise.errors import TailLost, UsageError
 from edgewise.models.bundle import Bundle
-from edgewise.models.tokenizer import Tokenizer
-from edgewise.split.channel import Way
 from edgewise.split.model import SplitModel, SplitOptions
-from edgewise.types import Request, Sampling, Token
+from edgewise.types import Sampling
 from split.conftest import WorkerProcess
-
-CONTEXT = 512
-PROMPTS = (
-    "The lighthouse keeper wrote in his diary that",
-    "Question: name three uses of copper. Answer:",
-    "def fibonacci(n):",
-    "Once the river had fallen, the farmers of the valley",
-)
-
-
-@dataclass
-class Edge:
-    """A split model with a decoder over it."""
-
-    model: SplitModel
-    decoder: Decoder
-
-
-@asynccontextmanager
-async def edge(bundle: Bundle, *urls: str, key: str | None = None, **options: Any) -> AsyncIterator[Edge]:
-    engine, tokenizer = loaded(bundle, slots=4, context=CONTEXT)
-    settings = {"cut": 10, "codec": "exact"} | options
-    model = SplitModel(engine, bundle.weights, [Way(url, key) for url in urls], SplitOptions(**settings))
-    decoder = Decoder(model, tokenizer)
-    try:
-        yield Edge(model, decoder)
-    finally:
-        await decoder.close()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bundle: Bundle) -> Tokenizer:
-    return Tokenizer.open(bundle.path)
-
-
-@pytest.fixture
-async def whole(bundle: Bundle, tokenizer: Tokenizer) -> AsyncIterator[Decoder]:
-    decoder = Decoder(local_model(bundle, slots=4, context=CONTEXT), tokenizer)
-    yield decoder
-    await decoder.close()
-
-
-async def tokens(
-    decoder: Decoder, prompt: str, new: int = 48, at: dict[int, Callable[[], object]] | None = None, **wishes: Any
-) -> list[Token]:
-    """The tokens of an answer; `at` holds what to do once so many have come."""
-    request = Request(prompt=prompt, max_tokens=new, ignore_eos=True, **wishes)
-    found: list[Token] = []
-    waiting = dict(at or {})
-    async for chunk in decoder.generate(request):
-        found += chunk.tokens
-        for count in [count for count in waiting if len(found) >= count]:
-            done = waiting.pop(count)()
-            if asyncio.iscoroutine(done):
-                await done
-    assert len(found) == new, "a token was lost or came twice"
-    return found
-
-
-def ids(found: list[Token]) -> list[int]:
-    return [token.id for token in found]
+from split.edges import PROMPTS, ask_until, edge, ids, tokens
 
 
 @pytest.mark.parametrize("options", [{"cut": 1}, {"cut": 17}, {"cut": 29}, {"cut": 10, "head": "edge"}], ids=str)
@@ -130,15 +66,15 @@ async def test_a_worker_that_is_killed_costs_no_token_and_takes_over_when_it_is_
     bundle: Bundle, start_worker: Callable[..., WorkerProcess], whole: Decoder
 ) -> None:
     worker = start_worker()
+    expected = ids(await tokens(whole, PROMPTS[0], 300))
     async with edge(bundle, worker.url) as split:
         mine = await tokens(split.decoder, PROMPTS[0], 300, {20: worker.kill, 60: worker.start})
         tally = split.model.tally
-        assert tally.losses == 1
-        assert tally.here > 0
+        assert ids(mine) == expected
+        assert (tally.losses, tally.here > 0) == (1, True)
+        await ask_until(lambda: tally.there > 20, split.decoder, PROMPTS[0], expected)
         assert tally.returns == 1
-        assert tally.there > 20
         assert tally.replayed > 0
-    assert ids(mine) == ids(await tokens(whole, PROMPTS[0], 300))
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])

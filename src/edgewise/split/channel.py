@@ -7,7 +7,7 @@ import ssl
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit, urlunsplit
@@ -43,7 +43,7 @@ class Way:
     certificates that are trusted instead of the system's."""
 
     url: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     ca: Path | None = None
 
     @property
@@ -123,10 +123,15 @@ class Channel:
             raise
         return channel
 
+    def check(self) -> None:
+        """Raise the reason if it has ended."""
+        if self.ended.is_set():
+            raise self.reason
+
     async def settled(self, within_s: float) -> bool:
         """Whether all questions that are open now, those that nobody waits for any more among them, are answered within
         that time."""
-        if any(self._asked.values()):
+        if self._asked:
             try:
                 await asyncio.wait_for(self._idle.wait(), within_s)
             except TimeoutError:
@@ -149,8 +154,7 @@ class Channel:
     async def send(self, frame: Frame) -> _Asked:
         """Send it; its answer is a future that may fail with what `ask` raises. RemoteTimeout, too, if the other side
         takes nothing in."""
-        if self.ended.is_set():
-            raise self.reason
+        self.check()
         message = wire.pack(frame)
         loop = asyncio.get_running_loop()
         asked = _Asked(loop.create_future(), loop.time(), frame.rows, len(message))
@@ -204,12 +208,15 @@ class Channel:
 
     def _take(self, frame: Frame) -> None:
         refusal = _refusal(frame) if frame.kind == Kind.ERROR else None
-        if refusal is not None and not frame.session and not self._asked[0]:
+        if refusal is not None and not frame.session and 0 not in self._asked:
             raise refusal  # the last that a worker says to somebody who broke the rules
-        if not self._asked[frame.session]:
+        line = self._asked.get(frame.session)
+        if not line:
             raise BadFrame(f"a {frame.kind.name} that answers nothing")
-        asked = self._asked[frame.session].popleft()
-        if not any(self._asked.values()):
+        asked = line.popleft()
+        if not line:
+            del self._asked[frame.session]
+        if not self._asked:
             self._idle.set()
         elapsed_s = asyncio.get_running_loop().time() - asked.sent_s
         if frame.session and refusal is None:

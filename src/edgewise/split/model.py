@@ -22,12 +22,12 @@ from edgewise.engines.base import Row, StageRow
 from edgewise.engines.local import LocalModel
 from edgewise.engines.slots import CHUNK
 from edgewise.errors import EngineClosed, RemoteBroken, RemoteError, RemoteTimeout, TailLost, UsageError
-from edgewise.split.boundary import BoundaryLog
+from edgewise.split.boundary import BoundaryLog, Codings
 from edgewise.split.channel import CONNECT_S, Channel, Patience, Refused, Way
 from edgewise.split.head import Head
 from edgewise.types import Best, FloatArray
 from edgewise.wire import frame as wire
-from edgewise.wire.codec import codec, codec_numbered
+from edgewise.wire.codec import codec
 from edgewise.wire.frame import Frame, Kind
 
 NEAR: Final = 64  # rows that a worker may lack when it takes over: they go with its first question
@@ -99,7 +99,8 @@ class SplitModel:
         self.tally = Tally()
         self._model, self._options = model, options
         self._hello = wire.Hello(model.name, weights, model.numerics)
-        self._wanted = (options.cut, codec(options.codec))
+        self._codings = Codings(model)
+        self._wanted = (options.cut, codec(options.codec).name)
         self._front, self._back = model.stage(range(last)), model.stage(range(last))
         self._head = Head(model)
         self._sessions: dict[str, _Session] = {}
@@ -121,14 +122,15 @@ class SplitModel:
         and sent in a new epoch. UsageError as in the constructor."""
         if not 0 < cut < self._model.card.layers or not self._model.cuts_at(cut):
             raise UsageError(f"{self.name} cannot be cut at {cut}", hint=f"1 to {self._model.card.layers - 1}")
-        self._wanted = (cut, self._wanted[1] if codec_name is None else codec(codec_name))
+        self._wanted = (cut, self._wanted[1] if codec_name is None else codec(codec_name).name)
 
     async def open(self, session: str, limit: int) -> None:
         if self._closed:
             raise EngineClosed(f"{self.name} was shut down")
         cut, coding = self._wanted
         await self._front.open(session, limit, range(cut))
-        self._sessions[session] = _Session(session, limit, cut, BoundaryLog(coding, self._front.hidden))
+        rows = BoundaryLog(self._codings.named(coding, cut), self._front.hidden)
+        self._sessions[session] = _Session(session, limit, cut, rows)
         if self._tending is None:
             self._tending = asyncio.create_task(self._tend())
             with suppress(TimeoutError):
@@ -186,9 +188,9 @@ class SplitModel:
     async def _follow(self, session: _Session) -> None:
         """To the cut and codec that are wanted now."""
         cut, coding = self._wanted
-        if (session.cut, session.log.codec) == (cut, coding):
+        if (session.cut, session.log.codec.name) == (cut, coding):
             return
-        ids, moved = session.log.ids.copy(), BoundaryLog(coding, self._front.hidden)
+        ids, moved = session.log.ids.copy(), BoundaryLog(self._codings.named(coding, cut), self._front.hidden)
         await self._front.close(session.name)
         await self._front.open(session.name, session.limit, range(cut))
         for start in range(0, len(ids), CHUNK):
@@ -270,7 +272,7 @@ class SplitModel:
         if asked.best and answer.kind == Kind.TOKENS and (answer.want, answer.best) == (asked.want, asked.best):
             return wire.read_best(answer)
         if not asked.best and answer.kind == Kind.HIDDEN and (answer.want, answer.back) == (asked.want, asked.back):
-            coding = codec_numbered(asked.back)
+            coding = self._codings.numbered(asked.back, self._model.card.layers)
             rows = wire.rows_of(answer, coding.row_bytes(self._front.hidden))
             return self._head.logits(coding.decode(rows, self._front.hidden)).copy()
         raise RemoteBroken(f"the worker answered rows with {answer.kind.name} of {answer.want}", hint="is it Edgewise?")
@@ -287,7 +289,7 @@ class SplitModel:
         for _ in range(TURNS):
             await asyncio.sleep(0)
         if self._options.head == "edge" and row.want:
-            coding = session.log.codec  # as it would have come back
+            coding = self._codings.named(session.log.codec.name, self._model.card.layers)  # as it would have come back
             hidden = coding.decode(coding.encode(hidden), self._front.hidden)
         if row.best and self._options.head == "cloud":
             return self._head.best(hidden, row.best)

@@ -17,11 +17,11 @@ from typing import Any, Final, TypeVar
 
 from edgewise.engines.base import StageRow
 from edgewise.engines.local import LocalModel
-from edgewise.errors import BadFrame, CodecOverflow, EdgewiseError, Overloaded, UsageError
+from edgewise.errors import BadFrame, EdgewiseError, Overloaded, UsageError
+from edgewise.split.boundary import Codings
 from edgewise.split.head import Head
 from edgewise.types import FloatArray
 from edgewise.wire import frame as wire
-from edgewise.wire.codec import codec_numbered
 from edgewise.wire.frame import Frame, Kind
 
 WAITING: Final = 8  # frames of a connection whose answers have not been sent
@@ -83,7 +83,7 @@ class Worker:
                 hint=f"a worker holds the last ones: START:{model.card.layers}",
             )
         self.model, self.weights, self.layers = model, weights, layers
-        self._stage, self._head = model.stage(layers), Head(model)
+        self._stage, self._head, self._codings = model.stage(layers), Head(model), Codings(model)
         self._inline, self._keep_s = inline, keep_s
         self._sessions: dict[int, _Held] = {}
         self._waiting: deque[_Job] = deque()
@@ -286,8 +286,8 @@ class Worker:
             return _error(frame, "limit", f"{frame.position + frame.rows} positions; the session has {held.limit}")
         held.used = time.monotonic()
         try:
-            coding = codec_numbered(frame.codec)
-            codec_numbered(frame.back)
+            coding = self._codings.numbered(frame.codec, held.cut)
+            self._codings.numbered(frame.back, self.layers.stop)
             hidden = coding.decode(wire.rows_of(frame, coding.row_bytes(self._stage.hidden)), self._stage.hidden)
         except EdgewiseError as e:
             return _error(frame, "frame", str(e))
@@ -298,13 +298,13 @@ class Worker:
             held = frame.position + frame.rows
             return Frame(Kind.HELD, frame.session, frame.epoch, held)
         common = (frame.session, frame.epoch, frame.position, frame.rows, frame.want)
-        if not frame.best:
-            try:
-                payload = codec_numbered(frame.back).encode(hidden).tobytes()
-            except CodecOverflow as e:
-                return _error(frame, "failed", str(e))
-            return Frame(Kind.HIDDEN, *common, back=frame.back, payload=payload)
-        best = self._head.best(hidden, frame.best)
+        try:
+            if not frame.best:
+                payload = self._codings.numbered(frame.back, self.layers.stop).encode(hidden).tobytes()
+                return Frame(Kind.HIDDEN, *common, back=frame.back, payload=payload)
+            best = self._head.best(hidden, frame.best)
+        except EdgewiseError as e:  # numbers that no codec holds or no token follows from: the others' are their own
+            return _error(frame, "failed", str(e))
         return Frame(Kind.TOKENS, *common, best=frame.best, payload=wire.write_best(best))
 
 
