@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from edgewise.engines.local import LocalModel
 from edgewise.types import FloatArray, IdArray
-from edgewise.wire.codec import ByteArray, Codec
+from edgewise.wire.codec import ByteArray, Codec, codec, codec_numbered
 
 FIRST_ROOM = 64  # rows
+
+
+class Codings:
+    """The codecs of a model's boundaries: what they round finely depends on the layers behind. Behind the last layer
+    is the boundary number `card.layers`, where hidden states come back."""
+
+    def __init__(self, model: LocalModel[Any]) -> None:
+        self._model = model
+        self._made: dict[tuple[str, int], Codec] = {}
+
+    def named(self, name: str, cut: int) -> Codec:
+        """UsageError for another name than there is."""
+        if (name, cut) not in self._made:
+            self._made[name, cut] = codec(name, self._model.gains(cut))
+        return self._made[name, cut]
+
+    def numbered(self, number: int, cut: int) -> Codec:
+        """Likewise."""
+        return self.named(codec_numbered(number).name, cut)
 
 
 class BoundaryLog:

@@ -13,6 +13,7 @@ from edgewise.engines.load import local_model
 from edgewise.engines.slots import CHUNK
 from edgewise.errors import BadFrame, RequestError, UsageError
 from edgewise.models.bundle import Bundle
+from edgewise.split.boundary import Codings
 from edgewise.split.inference import Crossing
 from edgewise.types import FloatArray
 from edgewise.wire.codec import codec
@@ -30,12 +31,13 @@ class BundleSplit:
     in a container of features."""
 
     def __init__(self, bundle: Bundle, cut: int, codec_name: str) -> None:
-        self._codec = codec(codec_name)
+        codec(codec_name)  # checked before the model is loaded
         self._model = local_model(bundle, slots=1)
         last = self._model.card.layers
         if not 0 < cut < last or not self._model.cuts_at(cut):
             allowed = [n for n in range(1, last) if self._model.cuts_at(n)]
             raise UsageError(f"{bundle.name} cannot be cut at {cut}", hint=f"allowed are {allowed}")
+        self._codec = Codings(self._model).named(codec_name, cut)
         self._front, self._back = self._model.stage(range(cut)), self._model.stage(range(cut, last))
         self.label = f"{bundle.weights[:16]}@{cut} {codec_name}"
 
