@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgewise.errors import CodecOverflow, RemoteBroken, UsageError
 from edgewise.types import FloatArray
-from edgewise.wire.escapes import BYTES, UNITS, found, most_escapes, packed, unpacked
+from edgewise.wire.escapes import BYTES, UNITS, WIDEST, found, most_escapes, packed, unpacked
 from edgewise.wire.rice import finest_steps, read, step_sizes, written
 from edgewise.wire.rotation import growth, padded, rotate, unrotate
 
@@ -108,6 +108,8 @@ class Coded:
     gains: FloatArray | None = field(default=None, compare=False, repr=False)
 
     def row_bytes(self, width: int) -> int:
+        if not 0 < width <= WIDEST:
+            raise UsageError(f"{self.name} is wanted for rows of {width} numbers, allowed are 1 to {WIDEST}")
         return padded(width) * self.bits // 8 + SIDE
 
     def encode(self, rows: FloatArray) -> ByteArray:
