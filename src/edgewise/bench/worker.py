@@ -77,7 +77,13 @@ def host(job: Job) -> dict[str, Any]:
     return measure(Path(job["home"]), job["key"])
 
 
-TURNS = {"prepare": prepare, "judge": judge, "measure": measure, "limits": limits, "host": host}
+def split(job: Job) -> dict[str, Any]:
+    from edgewise.bench.split_edge import timed
+
+    return timed(job)
+
+
+TURNS = {"prepare": prepare, "judge": judge, "measure": measure, "limits": limits, "host": host, "split": split}
 
 
 def speeds(answers: Sequence[Answer], prompt: int, new: int) -> dict[str, float]:
