@@ -211,30 +211,27 @@ def _stall_ms(found: Answer, token: int) -> float | None:
 
 
 def summary(results: Sequence[dict[str, Any]], link_cuts: int, link: str) -> dict[str, Any]:
-    """The report's `cuts`: sums, and the samples of the stalls with what the tail alone took, trial by trial."""
-    stalls = [one for one in results if one["stall_ms"] is not None and _felt(one)]
+    """The report's `cuts`: sums, and the samples of the stalls with what the tail alone took, trial by trial; then the
+    same for each kind of fault. A stall counts where the edge or its reader noticed something."""
+    kinds = {kind: [one for one in results if one["kind"] == kind] for kind in (*OF_THE_LINK, "kill")}
     return {
         **{"n": link_cuts, "kills": len(results) - link_cuts, "link": link},
-        **{name: sum(one[name] for one in results) for name in ("lost", "duplicated", "different")},
+        **_told(results),
         "failed": [one["failed"] for one in results if one["failed"]],
-        "felt": sum(map(_felt, results)),
-        "tokens": {name: sum(one[name] for one in results) for name in ("there", "here")},
-        "returns": sum(one["returns"] for one in results),
-        "replayed_rows": sum(one["replayed"] for one in results),
-        **dict(_samples(stalls)),
-        "by_kind": {
-            kind: {"n": len(some), **dict(_samples([one for one in stalls if one["kind"] == kind]))}
-            for kind in (*OF_THE_LINK, "kill")
-            if (some := [one for one in results if one["kind"] == kind])
-        },
+        "by_kind": {kind: {"n": len(some), **_told(some)} for kind, some in kinds.items() if some},
     }
 
 
-def _samples(stalls: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[float]]]:
-    yield "stall_ms", [one["stall_ms"] for one in stalls]
-    yield "tail_prefill_ms", [one["tail_prefill_ms"] for one in stalls]
-    yield "stall_over_tail_ms", [one["stall_ms"] - one["tail_prefill_ms"] for one in stalls]
-
-
-def _felt(one: dict[str, Any]) -> bool:
-    return bool(one["losses"] or one["here"] or (one["stall_ms"] or 0) > SEEN_MS)
+def _told(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    felt = [one for one in results if one["losses"] or one["here"] or (one["stall_ms"] or 0) > SEEN_MS]
+    stalls = [one for one in felt if one["stall_ms"] is not None]
+    return {
+        **{name: sum(one[name] for one in results) for name in ("lost", "duplicated", "different")},
+        "felt": len(felt),
+        "tokens": {name: sum(one[name] for one in results) for name in ("there", "here")},
+        "returns": sum(one["returns"] for one in results),
+        "replayed_rows": sum(one["replayed"] for one in results),
+        "stall_ms": [one["stall_ms"] for one in stalls],
+        "tail_prefill_ms": [one["tail_prefill_ms"] for one in stalls],
+        "stall_over_tail_ms": [one["stall_ms"] - one["tail_prefill_ms"] for one in stalls],
+    }
