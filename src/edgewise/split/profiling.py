@@ -30,6 +30,7 @@ Tell = Callable[[str], None]
 
 CODECS: Final = ("fp16", "int8", "int6", "int4")
 WIDEST: Final = 8  # tensors that cross
+SLACK: Final = 1.5  # coded, more bytes may be fewer
 ROUNDS: Final = 9
 TOGETHER: Final = 12  # cuts whose halves are in memory at once
 SLOWNESS: Final = (1.0, 3.0, 10.0)  # of an edge, for which cuts are proposed
@@ -42,17 +43,19 @@ def profiled(
     *,
     upload: Mapping[str, Coding] | None = None,
     codecs: Sequence[str] = CODECS,
+    slack: float | None = SLACK,
     rounds: int = ROUNDS,
     tell: Tell = lambda doing: None,
 ) -> Profile:
-    """The profile of a file on this machine: of every cut along its order, and of those that min-cuts propose. Each of
+    """The profile of a file on this machine: of the cuts along its order, and of those that min-cuts propose. Each of
     `inputs` is one request's, of the shapes that the graph was opened with; `upload` says what the cloud alone is sent
-    in place of an input. Takes some thirty times as many runs of the whole file as there are cuts. UsageError without
-    inputs."""
+    in place of an input. Cuts where more than `slack` times as many bytes cross as at an earlier one are left out: the
+    earlier one spares the link and a slow edge. With None there are all. Takes some twenty times as many runs of the
+    whole file as there are cuts. UsageError without inputs."""
     if not inputs:
         raise UsageError("no inputs were given to measure with", hint="give a few that are like those to come")
     bench = _Bench(graph, [checked(graph, one) for one in inputs], codecs, rounds, tell)
-    cuts = bench.cuts([edge for edge, _ in graph.chain(WIDEST)])
+    cuts = bench.cuts(_promising(graph, slack))
     machine = this_machine()
     first = Profile(
         model=graph.name,
@@ -69,6 +72,17 @@ def profiled(
     )
     more = bench.cuts([edge for edge in _proposed(first) if edge not in cuts])
     return msgspec.structs.replace(first, cuts=(*first.cuts, *more.values()))
+
+
+def _promising(graph: Graph, slack: float | None) -> list[Edge]:
+    """The cuts along the file's order, both ends included."""
+    found, least = [], float("inf")
+    for edge, crossing in graph.chain(WIDEST):
+        size = sum(graph.tensors[name].raw_bytes or 0 for name in crossing)
+        if slack is None or not edge or not crossing or size <= slack * least:
+            found.append(edge)
+            least = min(least, size)
+    return found
 
 
 class _Bench:
