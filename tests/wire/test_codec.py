@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,3 +264,27 @@ def test_golden_bytes(name: str, width: int) -> None:
     payload = its.encode(rows)
     hashes = [hashlib.sha256(data.tobytes()).hexdigest()[:16] for data in (payload, its.decode(payload, width))]
     assert hashes == GOLDEN[name, width]
+
+
+HASHED = """
+import hashlib, sys
+sys.path[:0] = sys.argv[1:]
+from test_codec import GOLDEN, golden_rows
+from edgewise.wire.codec import codec
+found = hashlib.sha256()
+for name, width in GOLDEN:
+    payload = codec(name).encode(golden_rows(width))
+    found.update(payload.tobytes() + codec(name).decode(payload, width).tobytes())
+print(found.hexdigest())
+"""
+
+
+def test_other_instruction_sets_give_the_same_bytes_and_bits() -> None:
+    """numpy's and its BLAS's: what they add in another order is whole numbers."""
+    plain = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR", "OPENBLAS_CORETYPE": "Prescott"}
+    hashes = set()
+    for changes in ({}, plain, {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"}):
+        command = [sys.executable, "-W", "ignore", "-c", HASHED, str(Path(__file__).parent)]
+        ran = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=True)
+        hashes.add(ran.stdout)
+    assert len(hashes) == 1
