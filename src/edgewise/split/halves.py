@@ -18,8 +18,8 @@ from edgewise.devices.links import LinkProfile, link_named
 from edgewise.engines.onnx_part import OnnxPart
 from edgewise.errors import BadFrame, EngineClosed, RequestError, UnsupportedModel, UsageError
 from edgewise.models.graph import Graph
-from edgewise.split.inference import Crossing
 from edgewise.split.profile import Profile
+from edgewise.split.seam import Crossing
 from edgewise.wire.feature import LIMIT_BYTES, Container, encode, read
 
 Array = npt.NDArray[Any]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from edgewise.devices.links import LinkProfile
 from edgewise.errors import BadFrame, UsageError
+from edgewise.split.seam import Crossing, Split, Tensors
 from edgewise.wire.feature import Container, check_codec, encode, read
 
 if TYPE_CHECKING:
     from edgewise.models.bundle import Bundle
 
 Array = npt.NDArray[Any]
-Tensors = Mapping[str, Array]
 
 SHAPES: Final[Mapping[str, type]] = {"tuple": tuple, "list": list}  # labels; "one" and "map" are the others
 
@@ -41,31 +40,6 @@ class Features(bytes):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors, by name."""
         return {one.name: one.shape for one in read(self).coded}
-
-
-@dataclass(frozen=True, slots=True)
-class Crossing:
-    """What a front half gives: tensors to send, under a label that says what they are, and outputs that it has already.
-    `raw_bytes` are those of what crosses as it lies in memory."""
-
-    tensors: Tensors
-    label: str
-    raw_bytes: int
-    early: Tensors = field(default_factory=dict)
-
-
-class Split(Protocol):
-    """A model in two halves, in this process. `opened` makes of what was received what `back` takes."""
-
-    def front(self, x: Any) -> Crossing: ...
-
-    def opened(self, received: Container) -> Any: ...
-
-    def back(self, x: Any) -> Any: ...
-
-    def joined(self, early: Tensors, late: Any) -> Any: ...
-
-    def close(self) -> None: ...
 
 
 class LayerSplitInference:

@@ -14,7 +14,7 @@ from edgewise.engines.slots import CHUNK
 from edgewise.errors import BadFrame, RequestError, UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.split.boundary import Codings
-from edgewise.split.inference import Crossing
+from edgewise.split.seam import Crossing
 from edgewise.types import FloatArray
 from edgewise.wire.codec import codec
 from edgewise.wire.feature import Container
