@@ -27,6 +27,7 @@ FIRST_S: Final = 2.0  # for an answer before any was seen
 LEAST_S: Final = 0.15  # a busy machine may let a process wait for so long
 MOST_S: Final = 10.0
 FIRST_BYTES_PER_S: Final = 20_000.0  # of a way that no large frame has gone yet
+BUFFERED: Final = 16384  # bytes that a connection takes however slow it is: half of where it makes senders wait
 LARGE: Final = 8192  # bytes: frames whose time says how many a second the way carries
 FINAL_CODES: Final = frozenset({"version", "weights", "layers", "limit", "frame"})  # asking again does not help
 HINTS: Final[Mapping[str, str]] = {
@@ -161,6 +162,9 @@ class Channel:
         asked.answer.add_done_callback(_looked_at)
         self._asked[frame.session].append(asked)
         self._idle.clear()
+        if self._socket.transport.get_write_buffer_size() + len(message) <= BUFFERED:
+            await self._put(message)  # it cannot be held up
+            return asked
         try:
             async with asyncio.timeout(self._limit_s()):
                 await self._put(message)
