@@ -154,9 +154,9 @@ class Worker:
             return None
         if len(self._sessions) > 1:
             await asyncio.sleep(0)  # what came meanwhile joins the step
-        if self._waiting:
+        while self._waiting:
             await self._turn(self._next_jobs())
-            self.model.expect(soon=False)
+        self.model.expect(soon=False)
         return None
 
     def _greet(self, connection: _Connection, frame: Frame) -> Frame:
@@ -241,7 +241,8 @@ class Worker:
         self.answered += 1
 
     def _next_jobs(self) -> list[_Job]:
-        """The first that waits of each session, those of one cut side by side: they are computed together."""
+        """The first that waits of each session: those that free a slot before those that want one, those of one cut
+        side by side, as they are computed together."""
         found: dict[int, _Job] = {}
         later: deque[_Job] = deque()
         for job in self._waiting:
@@ -250,7 +251,10 @@ class Worker:
             else:
                 found[job.frame.session] = job
         self._waiting = later
-        return sorted(found.values(), key=lambda job: held.cut if (held := self._held(job)) else -1)
+        return sorted(
+            found.values(),
+            key=lambda job: (job.frame.kind != Kind.CLOSE, held.cut if (held := self._held(job)) else -1),
+        )
 
     def _held(self, job: _Job) -> _Held | None:
         return self._sessions.get(job.frame.session)
