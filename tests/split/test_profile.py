@@ -72,7 +72,7 @@ def test_bytes_are_those_of_a_container(path: Path, profile: Profile) -> None:
 
 def test_errors_fall_with_bits(profile: Profile) -> None:
     for cut in profile.cuts:
-        if cut.edge and cut.crossing:
+        if cut.crossing:
             assert 0 <= cut.error["fp16"] < cut.error["int8"] < cut.error["int6"] < cut.error["int4"] < 0.1
         else:
             assert set(cut.error.values()) == {0.0}
@@ -163,7 +163,7 @@ def test_each_plan_is_the_best_of_all_cuts(profile: Profile) -> None:
                 late = [name for name in ("logits", "flat") if made_by(made, name) not in cut.edge]
                 down = sum(round(made.results[name]) for name in late) + 50
                 for codec in made.codecs:
-                    if cut.error[codec] > 0.02:
+                    if cut.edge and cut.error[codec] > 0.02:
                         continue
                     codings = [coded[name][codec] for name in cut.crossing]
                     seconds = cut.front_s * slow + cut.back_s + sum(c.encode_s * slow + c.decode_s for c in codings)
@@ -189,12 +189,23 @@ def test_an_error_is_kept_to(profile: Profile) -> None:
     assert len(smallest) == len(profile.units) - 1
 
 
+def test_without_an_upload_the_input_is_coded_too(profile: Profile) -> None:
+    bare = msgspec.structs.replace(exact(profile), upload={})
+    plan = bare.plans(edge=1000, max_error=1, margin=0).at(LINKS["lan"])
+    assert plan.place == "cloud"
+    assert plan.codec in bare.codecs
+    (image,) = (tensor for tensor in bare.tensors if tensor.name == "image")
+    assert plan.up_bytes == round(image.coded[plan.codec].bytes) + Request().up_bytes
+    assert {way.place for way in bare.plans(max_error=0).table.ways} == {"edge"}
+
+
 def test_the_edge_s_memory_is_kept_to(profile: Profile) -> None:
     plan = exact(profile).plans(edge_bytes=1500).at(LINKS["2g"])
     assert plan.place == "cloud" or plan.front_bytes <= 1500
     assert plan.edge_only_s is None
-    with pytest.raises(UsageError, match="no cut of net has an error of at most -1"):
-        profile.plans(max_error=-1)
+    bare = msgspec.structs.replace(profile, upload={})
+    with pytest.raises(UsageError, match="no cut of net has an error of at most 0 and at most 10 bytes of weights"):
+        bare.plans(max_error=0, edge_bytes=10)
 
 
 def test_a_file_is_split_by_its_profile(tmp_path: Path, path: Path, profile: Profile) -> None:

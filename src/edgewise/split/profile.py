@@ -97,6 +97,7 @@ class Plans:
     table: Table
     cuts: Mapping[Units, CutProfile]
     codecs: Mapping[Way, str]
+    uploaded: frozenset[str] = frozenset()  # inputs that are not coded
 
     def at(self, link: LinkProfile) -> Plan:
         choice = self.table.at(link)
@@ -114,7 +115,7 @@ class Plans:
             place=way.place,
             units=frozenset(map(int, way.edge)),
             crossing=way.crossing,
-            codec=self.codecs[way] if way.place == "split" else None,
+            codec=None if self.uploaded.issuperset(way.crossing) else self.codecs[way],
             up_bytes=way.up_bytes,
             down_bytes=way.down_bytes,
             front_bytes=self.cuts[way.edge].front_bytes,
@@ -222,7 +223,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         codecs: dict[Way, str] = {}
         for cut in self.cuts:
             if edge_bytes is None or cut.front_bytes <= edge_bytes:
-                allowed = [codec for codec, error in cut.error.items() if error <= max_error]
+                sent_as_it_is = self.upload.keys() >= set(cut.crossing)
+                allowed = [codec for codec, error in cut.error.items() if sent_as_it_is or error <= max_error]
                 codecs |= _useful({_asking(dags[codec].way(_units(cut)), request): codec for codec in allowed})
         if not codecs:
             raise UsageError(
@@ -230,7 +232,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 "weights on the edge"
             )
         ways = sorted(codecs, key=lambda way: way.place == "split")  # of equals a baseline
-        return Plans(Table(tuple(ways), (), margin), {_units(cut): cut for cut in self.cuts}, codecs)
+        cuts = {_units(cut): cut for cut in self.cuts}
+        return Plans(Table(tuple(ways), (), margin), cuts, codecs, frozenset(self.upload))
 
 
 def _asking(way: Way, request: Request) -> Way:

@@ -31,7 +31,8 @@ Tell = Callable[[str], None]
 CODECS: Final = ("fp16", "int8", "int6", "int4")
 WIDEST: Final = 8  # tensors that cross
 SLACK: Final = 1.5  # coded, more bytes may be fewer
-ROUNDS: Final = 9
+ROUNDS: Final = 12
+QUIET: Final = 0.25  # the quantile of the rounds that counts
 TOGETHER: Final = 12  # cuts whose halves are in memory at once
 SLOWNESS: Final = (1.0, 3.0, 10.0)  # of an edge, for which cuts are proposed
 JUDGED: Final = 4  # inputs that an error is made of
@@ -54,8 +55,10 @@ def profiled(
     whole file as there are cuts. UsageError without inputs."""
     if not inputs:
         raise UsageError("no inputs were given to measure with", hint="give a few that are like those to come")
-    bench = _Bench(graph, [checked(graph, one) for one in inputs], codecs, rounds, tell)
-    cuts = bench.cuts(_promising(graph, slack))
+    given = [checked(graph, one) for one in inputs]
+    bench = _Bench(graph, given, codecs, rounds, tell)
+    bench.measure(_promising(graph, slack))
+    cuts = bench.cuts()
     machine = this_machine()
     first = Profile(
         model=graph.name,
@@ -70,8 +73,9 @@ def profiled(
         cuts=tuple(cuts.values()),
         results=bench.results(),
     )
-    more = bench.cuts([edge for edge in _proposed(first) if edge not in cuts])
-    return msgspec.structs.replace(first, cuts=(*first.cuts, *more.values()))
+    bench.measure([edge for edge in _proposed(first) if edge not in cuts])
+    cuts = bench.cuts()
+    return msgspec.structs.replace(first, units=_units(graph, cuts), cuts=tuple(cuts.values()))
 
 
 def _promising(graph: Graph, slack: float | None) -> list[Edge]:
@@ -92,36 +96,44 @@ class _Bench:
         self._graph, self._inputs, self._codecs, self._rounds, self._tell = graph, inputs, codecs, rounds, tell
         self._whole = Halves(graph, frozenset())
         self._outputs = [self._whole.back(one) for one in inputs]
-        self._whole_s: float | None = None
+        self._whole_s = float("inf")
+        self._shares: dict[Edge, tuple[float, float]] = {}  # of the whole file's time
+        self._found: dict[Edge, CutProfile] = {}  # but for the times
 
     # Times
 
-    def cuts(self, edges: Sequence[Edge]) -> dict[Edge, CutProfile]:
-        found = {}
+    def measure(self, edges: Sequence[Edge]) -> None:
         for start in range(0, len(edges), TOGETHER):
             halves = [Halves(self._graph, edge) for edge in edges[start : start + TOGETHER]]
             self._tell(f"cuts {start + 1} to {start + len(halves)} of {len(edges)}")
-            for one, (front_s, back_s) in zip(halves, self._seconds(halves), strict=True):
-                found[one.edge] = CutProfile(
-                    f"{sum(1 << number for number in one.edge):x}",
-                    one.crossing,
-                    front_s,
-                    back_s,
-                    self._graph.weight_bytes(one.edge),
-                    self._errors(one),
-                )
+            for one, shares in zip(halves, self._take_turns(halves), strict=True):
+                mask = f"{sum(1 << number for number in one.edge):x}"
+                held = self._graph.weight_bytes(one.edge)
+                self._shares[one.edge] = shares
+                self._found[one.edge] = CutProfile(mask, one.crossing, 0.0, 0.0, held, self._errors(one))
                 one.close()
-        return found
 
-    def _seconds(self, halves: Sequence[Halves]) -> list[tuple[float, float]]:
-        """Of the two halves of each. All take turns, the whole file among them: what slows the machine down for a while
-        slows all of them, and is seen by the whole."""
+    def cuts(self) -> dict[Edge, CutProfile]:
+        """All that were measured so far. The whole file has one time, wherever it runs and whenever it was quickest."""
+        return {
+            edge: msgspec.structs.replace(cut, front_s=front * self._whole_s, back_s=back * self._whole_s)
+            for edge, cut in self._found.items()
+            for front, back in [self._shares[edge]]
+        }
+
+    def _take_turns(self, halves: Sequence[Halves]) -> list[tuple[float, float]]:
+        """What share of the whole file's time the two halves of each take. All take turns, the whole file among them:
+        what slows the machine down for a while slows all of them. What it does to a few rounds is left out."""
         calls = [self._whole.runs(self._inputs[0])[1], *(call for one in halves for call in one.runs(self._inputs[0]))]
         taken = [[_timed(call) for call in calls] for _ in range(self._rounds + 1)][1:]  # the first warms up
-        whole_s, *seconds = (float(one) for one in np.median(taken, axis=0))
-        self._whole_s = self._whole_s or whole_s
-        scaled = [one * self._whole_s / whole_s for one in seconds]
-        return list(zip(scaled[::2], scaled[1::2], strict=True))
+        whole_s, *seconds = (float(one) for one in np.quantile(taken, QUIET, axis=0))
+        self._whole_s = min(self._whole_s, whole_s)
+        ends = {frozenset[int](): (0.0, 1.0), frozenset(range(len(self._graph.units))): (1.0, 0.0)}
+        pairs = zip(seconds[::2], seconds[1::2], strict=True)
+        return [
+            ends.get(one.edge, (front_s / whole_s, back_s / whole_s))
+            for one, (front_s, back_s) in zip(halves, pairs, strict=True)
+        ]
 
     # What crosses
 
@@ -155,9 +167,8 @@ class _Bench:
         }
 
     def _errors(self, halves: Halves) -> dict[str, float]:
-        """By codec, without those that cannot hold what crosses. Nothing does at one end, and the file's inputs at the
-        other: the cloud alone is not sent features."""
-        if not halves.edge or not halves.crossing:
+        """By codec, without those that cannot hold what crosses."""
+        if not halves.crossing:
             return dict.fromkeys(self._codecs, 0.0)
         off = dict.fromkeys(self._codecs, 0.0)
         for given, outputs in zip(self._inputs[:JUDGED], self._outputs, strict=False):
