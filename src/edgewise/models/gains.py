@@ -1,8 +1,8 @@
 """How much the layers behind a cut make of each number that crosses it, as far as their norms tell.
 
 A model reads its residual stream through norms, and their scales undo what its channels differ by: in Gemma-3-270M
-those of one norm span two orders of magnitude, and the channels with small scales are the ones with large numbers. A boundary
-codec rounds more finely where the scales are large (docs/formats/boundary.md). No data is needed for it.
+those of one norm span two orders of magnitude, and the channels with small scales are the ones with large numbers. A
+boundary codec rounds more finely where the scales are large (docs/formats/boundary.md). No data is needed for it.
 """
 
 from __future__ import annotations
