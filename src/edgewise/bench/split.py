@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -119,7 +120,8 @@ class Campaign:
             "rows": self._rows() if plan.tokens else [],
             "cuts": asyncio.run(self._faults()) if plan.link_cuts + plan.worker_kills else None,
             "identical": asyncio.run(self._identity()) if plan.prompts else None,
-            "speed": self._speed() if plan.rounds else None,
+            "speed": self._speed(apart=False) if plan.rounds else None,
+            "speed_apart": self._speed(apart=True) if plan.rounds and two_cores() else None,
         }
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -163,13 +165,14 @@ class Campaign:
         sums = {name: sum(one[name] for one in found) for name in ("tokens", "different")}
         return {"prompts": len(found), **sums, "cuts": list(self._cuts)}
 
-    def _speed(self) -> dict[str, Any]:
-        """Whole, split, whole, split, …: each turn of an edge process of its own, and for a split a worker."""
+    def _speed(self, *, apart: bool) -> dict[str, Any]:
+        """Whole, split, whole, split, …: each turn of an edge process of its own, and for a split a worker. `apart`:
+        two machines of one core, on one of which the whole model runs; else both processes have all cores."""
         rounds = []
         for number in range(self._plan.rounds):
-            piece = f"round {number}"
+            piece = f"{'apart' if apart else 'round'} {number}"
             self._show("speed", number, self._plan.rounds)
-            rounds.append(self._done.get(piece) or self._done.add(piece, self._round(number)))
+            rounds.append(self._done.get(piece) or self._done.add(piece, self._round(number, apart)))
         first, context = rounds[0], self._bundle.card.context
         return {
             **{"cut": self._cuts[0], "codec": "exact", "prompt_tokens": min(TIMED_PROMPT, context // 4)},
@@ -178,15 +181,16 @@ class Campaign:
             "ratio": [one["split_tok_s"] / one["whole_tok_s"] for one in rounds],
         }
 
-    def _round(self, number: int) -> dict[str, Any]:
+    def _round(self, number: int, apart: bool) -> dict[str, Any]:
         """The same ids for both; who begins changes from round to round."""
         turns = {}
+        edge_core, worker_core = sorted(os.sched_getaffinity(0))[:2] if apart else (None, None)
         for name in ("whole", "split") if number % 2 == 0 else ("split", "whole"):
             if name == "whole":
-                turns[name] = self._turn(None)
+                turns[name] = self._turn(None, edge_core)
             else:
-                with WorkerProcess(self._bundle.path) as worker:
-                    turns[name] = self._turn(worker.url)
+                with WorkerProcess(self._bundle.path, worker_core) as worker:
+                    turns[name] = self._turn(worker.url, edge_core)
         split, one = turns["split"], turns["whole"]
         return {
             **{"split_tok_s": split["tok_s"], "whole_tok_s": one["tok_s"]},
@@ -194,12 +198,12 @@ class Campaign:
             "different": sum(compared(one["ids"], split["ids"]).values()),
         }
 
-    def _turn(self, url: str | None) -> dict[str, Any]:
+    def _turn(self, url: str | None, core: int | None) -> dict[str, Any]:
         context = self._bundle.card.context
         new, prompt = min(TIMED_NEW, context // 2), min(TIMED_PROMPT, context // 4)
         job = {
             **{"turn": "split", "bundle": str(self._bundle.path), "url": url, "cut": self._cuts[0], "codec": "exact"},
-            **{"prompt": self._repeated(0, prompt), "warm_up": self._repeated(31, prompt), "new": new},
+            **{"core": core, "prompt": self._repeated(0, prompt), "warm_up": self._repeated(31, prompt), "new": new},
         }
         time.sleep(PAUSE_S)
         return in_fresh_process(job, timeout_s=PATIENCE_S)
@@ -227,6 +231,11 @@ class Campaign:
     def _repeated(self, start: int, count: int) -> list[int]:
         """So many ids of the text from there on; it begins again where it ends."""
         return [self._ids[(start + n) % len(self._ids)] for n in range(count)]
+
+
+def two_cores() -> bool:
+    """Whether two processes can have a core each."""
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
 
 
 def read(file: Path) -> str:
@@ -257,9 +266,10 @@ def as_printed(report: dict[str, Any]) -> dict[str, Any]:
 def as_results(report: dict[str, Any]) -> dict[str, Any]:
     """The report as a Measurement's results: samples become figures."""
     changed = _with_samples(report, _figure, lambda ratio: figure(ratio, "ratio"))
-    if changed["speed"]:
-        units = {name: name.split("_", 1)[1].replace("first_token_", "").replace("_", "/") for name in SPEEDS}
-        changed["speed"] |= {name: figure(changed["speed"][name], unit) for name, unit in units.items()}
+    units = {name: name.split("_", 1)[1].replace("first_token_", "").replace("_", "/") for name in SPEEDS}
+    for part in ("speed", "speed_apart"):
+        if changed[part]:
+            changed[part] |= {name: figure(changed[part][name], unit) for name, unit in units.items()}
     return changed
 
 
@@ -271,10 +281,10 @@ def _with_samples(
     def told(part: dict[str, Any]) -> dict[str, Any]:
         return part | {name: stalls(part[name]) for name in STALLS}
 
-    cuts, speed = report["cuts"], report["speed"]
+    cuts, speeds = report["cuts"], {name: report[name] for name in ("speed", "speed_apart")}
     return report | {
         "cuts": cuts and told(cuts) | {"by_kind": {kind: told(one) for kind, one in cuts["by_kind"].items()}},
-        "speed": speed and speed | {"ratio": ratio(speed["ratio"])},
+        **{name: speed and speed | {"ratio": ratio(speed["ratio"])} for name, speed in speeds.items()},
     }
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import numpy as np
 from edgewise.engines.base import Stage, StageRow
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import loaded
-from edgewise.engines.local import LocalModel
+from edgewise.engines.local import LocalModel, set_threads
 from edgewise.errors import EdgewiseError, EngineError
 from edgewise.models.bundle import Bundle
 from edgewise.split.channel import Way
@@ -36,7 +37,9 @@ class WorkerProcess:
     """`edgewise split serve` of a bundle. It keeps its port when it is started again; EngineError if it does not start.
     The settings of whoever measures do not reach it."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, core: int | None = None) -> None:
+        """`core`: the one that it computes on, with one thread; None: all."""
+        self._core = core
         self._command = [sys.executable, "-m", "edgewise.cli.main", "split", "serve", "--model", str(bundle)]
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - for the life of this object
         self._process: subprocess.Popen[str] | None = None
@@ -60,7 +63,8 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._words,
             text=True,
-            env=plain | {"EDGEWISE_CONFIG": os.devnull},
+            env=plain | {"EDGEWISE_CONFIG": os.devnull} | ({} if self._core is None else {"EDGEWISE_THREADS": "1"}),
+            preexec_fn=None if self._core is None else partial(os.sched_setaffinity, 0, {self._core}),
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -172,7 +176,10 @@ async def whole(bundle: Bundle) -> AsyncIterator[Decoder]:
 
 def timed(job: dict[str, Any]) -> dict[str, Any]:
     """One turn in a process of its own: the tokens a second of one answer, split at `cut` with the worker at `url`, or
-    whole where that is None. For the worker of turns."""
+    whole where that is None. With a `core` it computes on that one alone. For the worker of turns."""
+    if job["core"] is not None:
+        os.sched_setaffinity(0, {job["core"]})
+        set_threads(1)
     return asyncio.run(_turn(job))
 
 
