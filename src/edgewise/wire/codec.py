@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from edgewise.errors import CodecOverflow, RemoteBroken, UsageError
 from edgewise.types import FloatArray
-from edgewise.wire.escapes import BYTES, UNITS, WIDEST, found, most_escapes, packed, unpacked
+from edgewise.wire import escapes as escaping
+from edgewise.wire.escapes import BYTES, UNITS, WIDEST, most_escapes
 from edgewise.wire.rice import finest_steps, read, step_sizes, written
 from edgewise.wire.rotation import growth, padded, rotate, unrotate
 
@@ -122,17 +123,16 @@ class Coded:
         weighed = rows.astype(np.float64) * (1.0 if self.gains is None else self.gains)
         exponents = np.maximum(np.frexp(np.abs(weighed).max(axis=1))[1], -EXPONENT_BIAS)
         units = np.ldexp(weighed, UNIT_BITS - exponents[:, None]).astype(np.int64)
-        escapes = found(units, size)
+        escapes = escaping.found(units, size)
         units[escapes.rows, escapes.channels] -= escapes.values
         turned = rotate(units.astype(np.float64))
         magnitudes = (np.abs(turned) * (1 / (growth(size) * UNITS))).astype(np.float32)
-        counts = escapes.counts(count)
-        steps = finest_steps(magnitudes, self._room(row_bytes, counts), self.low)
+        steps = finest_steps(magnitudes, self._room(row_bytes, escapes.counts), self.low)
         out[:, 0] = exponents + EXPONENT_BIAS
-        out[:, 1] = counts
+        out[:, 1] = escapes.counts
         out[:, 2:HEAD] = steps.astype("<u2")[:, None].view(np.uint8)
         out[:, HEAD:] = written(turned < 0, magnitudes, steps, self.low, 8 * (row_bytes - HEAD))
-        out[_places(counts, row_bytes)] = packed(escapes, width)
+        escaping.written_into(out, escapes)
         return out
 
     def decode(self, payload: ByteArray, width: int) -> FloatArray:
@@ -146,8 +146,7 @@ class Coded:
                 f"rows of {self.name} came with {counts.max()} escapes and steps up to {steps.max()}, "
                 f"allowed are {most} and {LARGEST_STEP}"
             )
-        places = _places(counts, row_bytes)
-        escapes = unpacked(places[0][:, 0], payload[places], width)
+        escapes = escaping.read(payload, counts, width)
         halves = read(payload[:, HEAD:], self._room(row_bytes, counts), self.low, size)
         rows = unrotate(halves.astype(np.float64), width) * (steps.astype(np.float64) / (2 * growth(size)))[:, None]
         rows[escapes.rows, escapes.channels] += escapes.values / UNITS
@@ -160,13 +159,6 @@ class Coded:
     def _room(row_bytes: int, escapes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Bits for the numbers."""
         return 8 * (row_bytes - HEAD - BYTES * escapes)
-
-
-def _places(counts: npt.NDArray[np.int64], row_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows [k, 1] and bytes [k, BYTES] of all escapes, row by row; in a row the first stands last."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows[:, None], (row_bytes - BYTES * (nth + 1))[:, None] + np.arange(BYTES)
 
 
 _CODECS: Final[Mapping[str, Codec]] = {

@@ -20,20 +20,22 @@ OCTAVES: Final = 16  # of a magnitude, below 1
 UNITS: Final = 1 << 23  # in 1: rows are counted in units, whose sums of squares are exact in int64
 SMALLEST: Final = np.float32(UNITS >> OCTAVES)  # units
 
+FIRST: Final = int(SMALLEST.view(np.uint32))
+
+Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Escapes:
-    """Of a batch, in the order of rows and of channels in them: `rows`, `channels` and `values` (in units), all [k]."""
+    """Of a batch, in the order of rows and of channels in them: `rows`, `channels`, `words` of 24 bits and `values` (in
+    units), all [k]; `counts` of each row [n]."""
 
+    counts: Ints
     rows: Ints
     channels: Ints
+    words: Ints
     values: Ints
-
-    def counts(self, rows: int) -> Ints:
-        """Of each row."""
-        return np.bincount(self.rows, minlength=rows)
 
 
 def most_escapes(size: int) -> int:
@@ -51,34 +53,42 @@ def found(units: Ints, size: int) -> Escapes:
     squares = largest * largest
     rest = (magnitudes * magnitudes).sum(axis=1)[:, None] - np.cumsum(squares, axis=1) + squares
     worth = np.logical_and.accumulate((squares > share * rest) & (largest >= SMALLEST), axis=1).sum(axis=1)
-    if not worth.any():
-        return Escapes(*np.empty((3, 0), np.int64))
     least = np.where(worth > 0, largest[np.arange(len(worth)), worth - 1], UNITS)
     rows, channels = np.nonzero(magnitudes >= least[:, None])
-    nth = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    rows, channels = rows[nth < most], channels[nth < most]  # equal ones may be more
-    values = units[rows, channels]
-    rounded = _value(_code(np.abs(values), units.shape[1]), units.shape[1])
-    return Escapes(rows, channels, np.where(values < 0, -rounded, rounded))
+    counts = np.bincount(rows, minlength=len(units))
+    if counts.max(initial=0) > most:  # equal ones are more
+        nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows, channels, counts = rows[nth < most], channels[nth < most], np.minimum(counts, most)
+    values, bits = units[rows, channels], _magnitude_bits(units.shape[1])
+    words = (channels << 1 | (values < 0)) << bits | _code(np.abs(values), bits)
+    return Escapes(counts, rows, channels, words, _values(words, bits))
 
 
-def packed(escapes: Escapes, width: int) -> npt.NDArray[np.uint8]:
-    """uint8 [k, BYTES]."""
-    bits = _magnitude_bits(width)
-    negative = (escapes.values < 0).astype(np.int64)
-    whole = escapes.channels << bits + 1 | negative << bits | _code(np.abs(escapes.values), width)
-    return np.asarray(whole.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:])
+def written_into(out: Bytes, escapes: Escapes) -> None:
+    """At the end of rows uint8 [n, bytes] that are 0 there, the first of a row last."""
+    places, most = _places(escapes.counts)
+    if most:
+        sides = np.zeros((len(out), most, BYTES), np.uint8)
+        sides[places] = escapes.words.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:]
+        out[:, -BYTES * most :] |= sides[:, ::-1].reshape(len(out), -1)
 
 
-def unpacked(rows: Ints, data: npt.NDArray[np.uint8], width: int) -> Escapes:
-    """Of uint8 [k, BYTES]. RemoteBroken for a channel that the row has not."""
-    bits = _magnitude_bits(width)
-    whole = data[:, 0].astype(np.int64) << 16 | data[:, 1].astype(np.int64) << 8 | data[:, 2]
-    channels = whole >> bits + 1
+def read(data: Bytes, counts: Ints, width: int) -> Escapes:
+    """Of rows uint8 [n, bytes]. RemoteBroken for a channel that the row has not."""
+    places, most = _places(counts)
+    sides = data[:, data.shape[1] - BYTES * most :].reshape(len(data), most, BYTES)[:, ::-1]
+    parts = sides[places].astype(np.int64)
+    words, bits = parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2], _magnitude_bits(width)
+    channels = words >> bits + 1
     if channels.max(initial=0) >= width:
         raise RemoteBroken(f"an escape is of channel {channels.max()}, the row has {width}")
-    values = _value(whole & (1 << bits) - 1, width)
-    return Escapes(rows, channels, np.where(whole >> bits & 1, -values, values))
+    return Escapes(counts, np.repeat(np.arange(len(data)), counts), channels, words, _values(words, bits))
+
+
+def _places(counts: Ints) -> tuple[npt.NDArray[np.bool_], int]:
+    """Which of the most that a row has each has [n, most], and that number."""
+    most = int(counts.max(initial=0))
+    return np.arange(most) < counts[:, None], most
 
 
 def _magnitude_bits(width: int) -> int:
@@ -86,15 +96,15 @@ def _magnitude_bits(width: int) -> int:
     return 8 * BYTES - 1 - (width - 1).bit_length()
 
 
-def _code(magnitudes: Ints, width: int) -> Ints:
+def _code(magnitudes: Ints, bits: int) -> Ints:
     """The nearest there is."""
-    shift = 23 + 4 - _magnitude_bits(width)  # places of a float32 that an escape has not
-    bits = magnitudes.astype(np.float32).view(np.uint32).astype(np.int64)
-    codes = (bits + (1 << shift - 1) >> shift) - (int(SMALLEST.view(np.uint32)) >> shift)
-    return np.asarray(np.minimum(codes, (1 << _magnitude_bits(width)) - 1))
+    shift = 23 + 4 - bits  # places of a float32 that an escape has not
+    floats = magnitudes.astype(np.float32).view(np.uint32).astype(np.int64)
+    return np.asarray(np.minimum((floats + (1 << shift - 1) >> shift) - (FIRST >> shift), (1 << bits) - 1))
 
 
-def _value(codes: Ints, width: int) -> Ints:
-    shift = 23 + 4 - _magnitude_bits(width)
-    bits = (codes + (int(SMALLEST.view(np.uint32)) >> shift) << shift).astype(np.uint32)
-    return bits.view(np.float32).astype(np.int64)
+def _values(words: Ints, bits: int) -> Ints:
+    """In units, cut off towards zero."""
+    shift = 23 + 4 - bits
+    floats = ((words & (1 << bits) - 1) << shift) + FIRST | (words >> bits & 1) << 31
+    return floats.astype(np.uint32).view(np.float32).astype(np.int64)

@@ -17,7 +17,8 @@ from edgewise.types import FloatArray
 Bits = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Steps = npt.NDArray[np.uint16]  # the upper halves of the bits of float32s
-PROBES: Final = 8  # steps that are tried at once
+AROUND: Final = np.arange(-4, 4)  # steps that are tried at once
+GUESSES: Final = 3
 TINY: Final = np.float32(1e-20)  # beside any step
 FRACTION: Final = 0.43  # what a number in steps loses to its whole part, about, where most are small
 
@@ -30,17 +31,25 @@ def step_sizes(steps: Steps) -> FloatArray:
 def finest_steps(magnitudes: FloatArray, room: Ints, low: int) -> Steps:
     """The smallest step with which the magnitudes float32 [n, size] of a row (0, or 1e-12 .. 1e12) take at most `room`
     bits [n]; 0 for a row of zeros. Which it is does not depend on how it is sought."""
-    size = magnitudes.shape[1]
-    zeros = room - (2 + low) * size  # that the unary parts may have
+    lost = FRACTION * magnitudes.shape[1]
+    zeros = room - (2 + low) * magnitudes.shape[1]  # that the unary parts may have
     scaled = magnitudes * np.float32(2.0**-low)
-    guess = _steps(scaled.sum(axis=1) / (zeros + FRACTION * size) + TINY)
-    tries = guess[:, None] + np.arange(-PROBES // 2, PROBES // 2)
-    enough = _unary_zeros(scaled, tries) <= zeros[:, None]
-    finest = tries[np.arange(len(tries)), enough.argmax(axis=1)]
-    unsure = np.flatnonzero(enough[:, 0] | ~enough[:, -1])
-    if len(unsure):
-        finest[unsure] = _searched(scaled[unsure], zeros[unsure])
-    return np.asarray(finest, np.uint16)
+    guess = _steps(scaled.sum(axis=1) / (zeros + lost) + TINY)
+    found = np.empty(len(guess), np.uint16)
+    left, every = slice(None), np.arange(len(guess))
+    for _ in range(GUESSES):
+        tries = guess[:, None] + AROUND
+        taken = _unary_zeros(scaled[left], tries)
+        enough = taken <= zeros[left, None]
+        found[left] = tries[every[: len(tries)], enough.argmax(axis=1)]
+        sure = enough[:, -1] > enough[:, 0]
+        if sure.all():
+            return found
+        left = every[left][~sure]
+        better = step_sizes(tries[~sure, 0].astype(np.uint16)) * (taken[~sure, 0] + lost) / (zeros[left] + lost)
+        guess = _steps(better + TINY)
+    found[left] = _searched(scaled[left], zeros[left])
+    return found
 
 
 def _searched(scaled: FloatArray, zeros: Ints) -> Ints:
@@ -92,7 +101,8 @@ def read(data: Bits, room: Ints, low: int, size: int) -> npt.NDArray[np.int64]:
     if (numbers != size).any():
         raise RemoteBroken(f"rows came with {numbers.min()} to {numbers.max()} numbers, {size} are wanted")
     ends = np.flatnonzero(unary).reshape(len(data), size) - np.arange(len(data))[:, None] * unary.shape[1]
-    whole = np.diff(ends, axis=1, prepend=-1) - 1
+    whole = ends.copy()
+    whole[:, 1:] -= ends[:, :-1] + 1
     for n in reversed(range(low)):
         whole = whole << 1 | bits[:, size * (1 + n) : size * (2 + n)]
     return np.asarray(np.where(bits[:, :size], -2 * whole - 1, 2 * whole + 1))
