@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ HINTS: Final[Mapping[str, str]] = {
     "layers": "choose a cut behind the worker's first layer; it was started with --layers",
     "limit": "start the worker with a longer context, or set a shorter one here",
 }
+
+
+_quiet = logging.getLogger(f"{__name__}.socket")
+_quiet.setLevel(logging.INFO)  # the library's debugging shows headers, and the key is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +277,7 @@ async def _connected(way: Way) -> ClientConnection:
             ping_interval=None,  # whether the worker lives is seen by its answers
             close_timeout=CLOSE_S,
             proxy=None if is_loopback(host) else True,
+            logger=_quiet,
             ssl=_trusting(way),
         )
     except InvalidStatus as e:
