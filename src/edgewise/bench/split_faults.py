@@ -62,18 +62,19 @@ class Trial:
 
 
 def drawn(link_cuts: int, kills: int, cuts: Sequence[int], codecs: Sequence[str], new: int, seed: int) -> list[Trial]:
-    """The trials in the order in which they are to be made: those of one cut and codec one behind the other."""
+    """The trials in the order in which they are to be made: those of one cut and codec one behind the other. Every kind
+    of fault comes to every one of them in turn."""
     ways, trials = list(product(cuts, codecs)), []
     for number in range(link_cuts + kills):
         draw = random.Random(f"{seed}/{number}")
-        kind = OF_THE_LINK[number % len(OF_THE_LINK)] if number < link_cuts else "kill"
-        cut, coding = ways[number % len(ways)]
+        turn, way = divmod(number, len(ways))
+        kind = OF_THE_LINK[(turn + way) % len(OF_THE_LINK)] if number < link_cuts else "kill"
+        cut, coding = ways[way]
         early = number % BEFORE_THE_FIRST == BEFORE_THE_FIRST - 1
         token = 0 if early else draw.randint(1, new - QUIET_END)
         after_s = draw.uniform(0, EARLY_S if early else JITTER_S)
         lasts_s = LASTS_S[0] * (LASTS_S[1] / LASTS_S[0]) ** draw.random()
-        text = number // len(ways) % TEXTS
-        trials.append(Trial(number, kind, cut, coding, text, token, after_s, lasts_s))
+        trials.append(Trial(number, kind, cut, coding, turn % TEXTS, token, after_s, lasts_s))
     return sorted(trials, key=lambda trial: (ways.index((trial.cut, trial.codec)), trial.number))
 
 

@@ -89,6 +89,7 @@ class Worker:
         self._waiting: deque[_Job] = deque()
         self._wake = asyncio.Event()
         self._steps: asyncio.Task[None] | None = None
+        self._step_now: asyncio.Task[list[Frame]] | None = None  # in a thread
         self.answered = 0  # frames
 
     @property
@@ -112,13 +113,17 @@ class Worker:
                     held.owner, held.used = None, time.monotonic()
             connection.answers.put_nowait(None)
             await asyncio.wait([writer])
+            if not writer.cancelled() and (gone := writer.exception()):
+                log.info("an edge went before its answers came: %s", type(gone).__name__)
 
     async def close(self) -> None:
-        """End the steps. Idempotent."""
+        """End the steps; the one that is being computed ends first. Idempotent."""
         if self._steps is not None:
             self._steps.cancel()
             await asyncio.wait([self._steps])
             self._steps = None
+        if self._step_now is not None:
+            await asyncio.wait([self._step_now])
 
     async def _read(self, connection: _Connection, receive: Receive, writer: asyncio.Task[None]) -> None:
         while not writer.done():
@@ -232,9 +237,14 @@ class Worker:
             else:
                 rows.append(job)
         if rows:
-            step = self._step(rows)
-            for job, answer in zip(rows, await (step if self._inline else asyncio.to_thread(_run, step)), strict=True):
+            for job, answer in zip(rows, await self._computed(rows), strict=True):
                 self._reply(job, answer)
+
+    async def _computed(self, rows: list[_Job]) -> list[Frame]:
+        if self._inline:
+            return await self._step(rows)
+        self._step_now = asyncio.create_task(asyncio.to_thread(_run, self._step(rows)))
+        return await asyncio.shield(self._step_now)  # a thread cannot be stopped
 
     def _reply(self, job: _Job, answer: Frame) -> None:
         job.connection.answers.put_nowait(answer)
