@@ -9,13 +9,16 @@ from collections.abc import Callable
 import pytest
 
 from edgewise.bench.relay import Relay
-from edgewise.devices.links import LINKS
+from edgewise.devices.links import LINKS, LinkProfile
 from edgewise.engines.decode import Decoder
 from edgewise.models.bundle import Bundle
+from edgewise.split.channel import Patience
+from served import eventually
 from split.conftest import WorkerProcess
 from split.edges import PROMPTS, ask_until, edge, ids, tokens
 
 LAN = LINKS["lan"]
+NARROW = LinkProfile("narrow", 5_000, 5_000, 500)
 
 
 async def test_a_black_hole_is_noticed_and_the_worker_comes_back(
@@ -87,11 +90,76 @@ async def test_four_sessions_at_once_survive_one_cut(bundle: Bundle, worker: Wor
     assert [ids(answer) for answer in answers] == expected
 
 
-async def test_a_slow_link_is_not_a_dead_one(bundle: Bundle, worker: WorkerProcess, whole: Decoder) -> None:
+@pytest.mark.parametrize(("link", "times"), [(LINKS["dsl"], 3), (NARROW, 1)], ids=["dsl", "narrow"])
+async def test_a_slow_link_is_not_a_dead_one(
+    bundle: Bundle, worker: WorkerProcess, link: LinkProfile, times: int
+) -> None:
     """A long prompt's rows take seconds on their way."""
-    prompt = " ".join(PROMPTS) * 3
-    with Relay(worker.url, LINKS["dsl"]) as relay:
+    prompt = " ".join(PROMPTS) * times
+    with Relay(worker.url, link) as relay:
         async with edge(bundle, relay.url, codec="int8") as split:
             await tokens(split.decoder, prompt, 6)
             assert split.model.tally.losses == 0
             assert split.model.tally.here == 0
+
+
+def test_a_way_that_became_slow_is_given_more_time_until_it_answers() -> None:
+    patience = Patience()
+    for _ in range(20):
+        patience.learn(0.020, 0.010, 1, 700)
+    usual_s = patience.timeout_s(1, 700)
+    given_up = 0
+    while patience.timeout_s(1, 700) < 3:
+        patience.gave_up(700)
+        given_up += 1
+    assert given_up < 8
+    for _ in range(20):
+        patience.learn(0.020, 0.010, 1, 700)
+    assert patience.timeout_s(1, 700) == usual_s
+
+
+def test_a_way_that_became_narrow_is_given_more_time_too() -> None:
+    patience, size = Patience(), 100_000
+    patience.learn(0.02, 0.0, 0, 60)
+    patience.learn(0.12, 0.0, 100, size)  # 1 MB/s
+    before_s = patience.timeout_s(100, size)
+    for _ in range(12):
+        patience.gave_up(size)
+    assert patience.timeout_s(100, size) > max(50, 10 * before_s)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+async def test_a_connection_that_ended_unnoticed_is_mended_by_the_next_answer(
+    bundle: Bundle, worker: WorkerProcess, whole: Decoder, tail: bool
+) -> None:
+    """The session stays open on both sides, so that nothing is asked of the worker before the first token."""
+    expected = ids(await tokens(whole, PROMPTS[3], 40))
+    with Relay(worker.url, LAN) as relay:
+        async with edge(bundle, relay.url, tail=tail) as split:
+            assert ids(await tokens(split.decoder, PROMPTS[3], 40)) == expected
+            relay.reset()
+            eventually(lambda: not split.model.connected)
+            there = split.model.tally.there
+            assert ids(await tokens(split.decoder, PROMPTS[3], 40)) == expected
+            await ask_until(lambda: split.model.tally.there > there, split.decoder, PROMPTS[3], expected)
+            assert split.model.tally.losses == 1
+
+
+async def test_several_flaps_in_one_answer(bundle: Bundle, worker: WorkerProcess, whole: Decoder) -> None:
+    flaps = dict(zip(range(10, 310, 25), 4 * ("cut", "restore", "reset"), strict=True))
+    with Relay(worker.url, LAN) as relay:
+        async with edge(bundle, relay.url) as split:
+            mine = await tokens(split.decoder, PROMPTS[0], 320, {n: getattr(relay, f) for n, f in flaps.items()})
+            assert split.model.tally.there + split.model.tally.here == 320
+    assert ids(mine) == ids(await tokens(whole, PROMPTS[0], 320))
+
+
+@pytest.mark.parametrize("cut", [1, 15, 29])
+async def test_a_round_trip_of_25_ms_changes_nothing(
+    bundle: Bundle, worker: WorkerProcess, whole: Decoder, cut: int
+) -> None:
+    with Relay(worker.url, LINKS["5g"]) as relay:
+        async with edge(bundle, relay.url, cut=cut) as split:
+            mine = await tokens(split.decoder, PROMPTS[2], 16)
+            assert (split.model.tally.there, split.model.tally.losses) == (16, 0)
+    assert ids(mine) == ids(await tokens(whole, PROMPTS[2], 16))
