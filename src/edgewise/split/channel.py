@@ -27,7 +27,9 @@ CLOSE_S: Final = 0.2  # for the good-bye
 FIRST_S: Final = 2.0  # for an answer before any was seen
 LEAST_S: Final = 0.15  # a busy machine may let a process wait for so long
 MOST_S: Final = 10.0
-FIRST_BYTES_PER_S: Final = 20_000.0  # of a way that no large frame has gone yet
+FIRST_BYTES_PER_S: Final = 20_000.0  # of a way that no large frame has gone yet,
+FIRST_BYTES_PER_RTT: Final = 3_000.0  # or this, if it is less: ways with long round trips are narrow ones, too
+LEAST_BYTES_PER_S: Final = 500.0
 BUFFERED: Final = 16384  # bytes that a connection takes however slow it is: half of where it makes senders wait
 LARGE: Final = 8192  # bytes: frames whose time says how many a second the way carries
 FINAL_CODES: Final = frozenset({"version", "weights", "layers", "limit", "frame"})  # asking again does not help
@@ -81,9 +83,17 @@ class Patience:
             self._bytes_per_s += 0.25 * (carried - self._bytes_per_s)
         elif self.rtt_s is None:
             self.rtt_s, self._deviation_s = way_s, way_s / 2
+            self._bytes_per_s = min(self._bytes_per_s, FIRST_BYTES_PER_RTT / max(way_s, 1e-4))
         else:
             self._deviation_s += 0.25 * (abs(way_s - self.rtt_s) - self._deviation_s)
             self.rtt_s += 0.125 * (way_s - self.rtt_s)
+
+    def gave_up(self, size: int) -> None:
+        """No answer came in time, with `size` bytes on their way. Longer next time: a way that has become slow would be
+        taken for a dead one for ever, as what is given up teaches nothing."""
+        self._deviation_s = min(2 * self._deviation_s + LEAST_S / 4, MOST_S / 4)
+        if size >= LARGE:
+            self._bytes_per_s = max(self._bytes_per_s / 2, LEAST_BYTES_PER_S)
 
     def timeout_s(self, rows: int, size: int) -> float:
         """For `rows` rows in `size` bytes, all that wait before them included."""
@@ -153,6 +163,7 @@ class Channel:
             async with asyncio.timeout(limit_s):
                 return await asked.answer
         except TimeoutError:
+            self._give_up()
             raise RemoteTimeout(
                 f"the worker was silent for {limit_s * 1000:.0f} ms", hint="the edge goes on alone"
             ) from None
@@ -174,13 +185,20 @@ class Channel:
             async with asyncio.timeout(self._limit_s()):
                 await self._put(message)
         except TimeoutError:
+            self._give_up()
             raise RemoteTimeout("the worker takes nothing in", hint="the edge goes on alone") from None
         return asked
 
     def _limit_s(self) -> float:
-        lines = self._asked.values()
-        rows = sum(one.rows for line in lines for one in line)
-        return self.patience.timeout_s(rows, sum(one.size for line in lines for one in line))
+        return self.patience.timeout_s(*self._pending())
+
+    def _give_up(self) -> None:
+        self.patience.gave_up(self._pending()[1])
+
+    def _pending(self) -> tuple[int, int]:
+        """Rows and bytes that wait for an answer."""
+        pending = [one for line in self._asked.values() for one in line]
+        return sum(one.rows for one in pending), sum(one.size for one in pending)
 
     async def tell(self, frame: Frame) -> None:
         """Send what has no answer; nothing is raised if the connection is broken."""
