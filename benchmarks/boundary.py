@@ -42,13 +42,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--codecs", default="int8,int4")
-    parser.add_argument("--tokens", type=int, default=55_000)
+    parser.add_argument("--tokens", default="55000", help="of each model, or one number for each, with commas")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds if args.seconds else None
-    rows = [row for name in args.models.split(",") for row in judged(name, args, until)]
+    models, tokens = args.models.split(","), [int(count) for count in args.tokens.split(",")]
+    counts = tokens * len(models) if len(tokens) == 1 else tokens
+    rows = [row for name, count in zip(models, counts, strict=True) for row in judged(name, count, args, until)]
     settings = {"text": args.text.name, "window": WINDOW, "models": args.models, "codecs": args.codecs}
     taken = Measurement.taken("boundary", command=typed(__file__), results={"rows": rows}, settings=settings)
     path = taken.save(ROOT / "benchmarks" / "results")
@@ -60,7 +62,7 @@ def main() -> None:
         summary(rows)
 
 
-def judged(name: str, args: argparse.Namespace, until: float | None) -> list[dict[str, Any]]:
+def judged(name: str, tokens: int, args: argparse.Namespace, until: float | None) -> list[dict[str, Any]]:
     bundle = pull(str(MODELS[name]()), home=HOME, name=name, accept_licence=True)
     ids = Tokenizer.open(bundle.path).encode(args.text.read_text())
     codecs = args.codecs.split(",")
@@ -73,7 +75,7 @@ def judged(name: str, args: argparse.Namespace, until: float | None) -> list[dic
             raise SystemExit(1)
 
     cuts = range(1, bundle.card.layers)
-    return measure(bundle, cuts, codecs, np.array(ids[: args.tokens + WINDOW]), done=done, show=show)
+    return measure(bundle, cuts, codecs, np.array(ids[: tokens + WINDOW]), done=done, show=show)
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
