@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.server
 import logging
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ import trustme
 from websockets.asyncio.server import ServerConnection, serve
 
 from edgewise.engines.load import local_model
-from edgewise.errors import ConfigError, EdgewiseError, RemoteRefused, Unreachable
+from edgewise.errors import BadFrame, ConfigError, EdgewiseError, RemoteRefused, Unreachable
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
 from edgewise.split.channel import Refused, Way
@@ -103,7 +104,15 @@ def test_a_file_that_holds_no_certificates(locked: tuple[WorkerProcess, Path], s
 
 
 def test_http_against_https(locked: tuple[WorkerProcess, Path], small: Bundle) -> None:
-    assert isinstance(told(Way(locked[0].url.replace("https", "http"), KEY), small), Unreachable | RemoteRefused)
+    error = told(Way(locked[0].url.replace("https", "http"), KEY), small)
+    assert isinstance(error, Unreachable)
+    assert "https if and only if the worker has a --tls-cert" in str(error)
+
+
+def test_https_against_http(worker: WorkerProcess, small: Bundle) -> None:
+    error = told(Way(worker.url.replace("http", "https"), KEY), small)
+    assert isinstance(error, Unreachable)
+    assert "https if and only if the worker has a --tls-cert" in str(error)
 
 
 def test_another_model_is_refused_with_both_hashes(worker: WorkerProcess, bundle: Bundle, small: Bundle) -> None:
@@ -116,11 +125,11 @@ def test_another_model_is_refused_with_both_hashes(worker: WorkerProcess, bundle
 
 
 def test_another_version_is_refused_with_both_numbers(small: Bundle) -> None:
-    async def later(socket: ServerConnection) -> None:
-        await socket.recv()
+    async def later(edge: ServerConnection) -> None:
+        await edge.recv()
         answer = bytearray(wire.pack(wire.Frame(wire.Kind.WELCOME)))
         answer[2] = 2
-        await socket.send(bytes(answer))
+        await edge.send(bytes(answer))
 
     async def meet() -> None:
         async with serve(later, "127.0.0.1", 0) as server:
@@ -140,6 +149,48 @@ def test_a_server_that_is_no_worker(small: Bundle) -> None:
         error = told(Way(f"http://127.0.0.1:{server.server_port}"), small)
         server.shutdown()
     assert "has no worker" in str(error)
+
+
+async def silent(edge: ServerConnection) -> None:
+    """Gone as soon as it was greeted."""
+    await edge.recv()
+    edge.transport.abort()
+
+
+async def chatty(edge: ServerConnection) -> None:
+    """Some other service over a WebSocket."""
+    await edge.recv()
+    await edge.send("welcome!")
+
+
+@pytest.mark.parametrize(
+    ("other", "kind", "said"),
+    [(silent, Unreachable, "the connection to the worker"), (chatty, BadFrame, "is the other side Edgewise")],
+)
+def test_who_does_not_answer_a_greeting_as_a_worker_does(
+    small: Bundle, other: Callable[[ServerConnection], Awaitable[None]], kind: type[EdgewiseError], said: str
+) -> None:
+    async def meet() -> None:
+        async with serve(other, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(kind, match=said):
+                await greeted(Way(f"http://127.0.0.1:{port}"), local_model(small), small.weights)
+
+    asyncio.run(meet())
+
+
+def test_a_worker_that_dies_in_the_handshake(small: Bundle) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def die() -> None:
+            listener.accept()[0].close()
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        error = told(Way(f"http://127.0.0.1:{listener.getsockname()[1]}"), small)
+        dying.join()
+    assert isinstance(error, Unreachable)
+    assert "is it a worker" in str(error)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "ftp://host"])

@@ -305,7 +305,10 @@ async def _connected(way: Way) -> ClientConnection:
     except ssl.SSLCertVerificationError as e:
         why = f"{way.url} shows a certificate that is not trusted here: {e.verify_message}"
         raise RemoteRefused(why, status=495, hint="--split-ca names the certificates to trust") from e
-    except (InvalidHandshake, OSError) as e:
+    except (InvalidHandshake, ssl.SSLError) as e:
+        hint = "is it a worker, and the address https if and only if the worker has a --tls-cert?"
+        raise Unreachable(f"no connection to {way.url}: {e}", hint=hint) from e
+    except OSError as e:
         raise Unreachable(f"no connection to {way.url}: {e}", hint="is the worker running there?") from e
     except (WebSocketException, ValueError) as e:
         raise ConfigError(f"{way.url!r} is no worker's address: {e}", hint="it looks like http://host:8000") from e
