@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "planner.md", "joint.md"))
+PAGES = tuple(
+    ROOT / "docs" / name for name in ("performance.md", "planner.md", "joint.md", "split.md", "split_vision.md")
+)
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -284,6 +286,130 @@ def vision(measurement: Measurement) -> Rows:
         ]
 
 
+def split_accuracy(measurement: Measurement) -> Rows:
+    """Uploads of the image first, then the cuts in their order."""
+    yield ["network", "sent", "numbers", "codec", "bytes", "smaller than float32", "top-1", "drop in points"]
+    for net, found in measurement["results"]["nets"].items():
+        yield [net, "nothing: one side", "", "", "", "", f"{found['accuracy']:.3f}", ""]
+        for name, row in sorted(found["uploads"].items()):
+            yield [net, f"the image, {name}", "", "", *kept(row, "")]
+        for name, row in sorted(found["cuts"].items(), key=lambda item: item[1]["units"]):
+            shape = " x ".join(map(str, row["shape"][1:]))
+            yield [
+                net,
+                f"`{name}`, after {row['units']} units",
+                shape,
+                row["codec"],
+                *kept(row, f"{row['smaller']:.1f}"),
+            ]
+
+
+def kept(row: dict[str, Any], smaller: str) -> list[str]:
+    drop = row["drop_points"]
+    interval = f"{drop['point']:+.1f} [{drop['low']:+.1f}, {drop['high']:+.1f}]"
+    return [f"{row['bytes']:,.0f}", smaller, f"{row['accuracy']:.3f}", interval]
+
+
+def split_planner(measurement: Measurement) -> Rows:
+    """By network and by what the cloud alone is sent; all links and edges together."""
+    yield [
+        *("network", "cuts", "the cloud alone gets", "cells: edge, split, cloud", "regret mean", "p95", "max"),
+        *("worst against the better baseline", "best"),
+    ]
+    cells, cuts = measurement["results"]["cells"], measurement["results"]["summary"]["cuts"]
+    names = {"image": "an image file", "tensor": "features"}
+    groups = [(net, kind) for net in cuts for kind in names] + [("all", kind) for kind in names]
+    for net, kind in groups:
+        some = [cell for cell in cells if net in (cell["net"], "all") and cell["input"] == kind]
+        regrets = sorted(cell["regret"] for cell in some)
+        against = [cell["against_baseline"] for cell in some]
+        places = ", ".join(str(sum(cell["place"] == place for cell in some)) for place in ("edge", "split", "cloud"))
+        yield [
+            *(net, str(cuts.get(net, sum(cuts.values()))), names[kind], places),
+            *(f"{sum(regrets) / len(regrets):.2%}", f"{regrets[round(0.95 * (len(regrets) - 1))]:.2%}"),
+            *(f"{regrets[-1]:.2%}", f"{max(against):.3f}", f"{min(against):.3f}"),
+        ]
+
+
+def split_relay(measurement: Measurement) -> Rows:
+    yield ["link", "carried out", "split, cloud", "error mean", "error p95", "error max", "bias"]
+    cells = [cell for cell in measurement["results"]["cells"] if cell["place"] != "edge"]
+    for link in (*dict.fromkeys(cell["link"] for cell in cells), "all"):
+        some = [cell for cell in cells if link in (cell["link"], "all")]
+        off = sorted(abs(cell["error"]) for cell in some)
+        places = ", ".join(str(sum(cell["place"] == place for cell in some)) for place in ("split", "cloud"))
+        p95 = off[round(0.95 * (len(off) - 1))]
+        bias = sum(cell["error"] for cell in some) / len(some)
+        yield [
+            link,
+            str(len(some)),
+            places,
+            f"{sum(off) / len(off):.1%}",
+            f"{p95:.1%}",
+            f"{off[-1]:.1%}",
+            f"{bias:+.1%}",
+        ]
+
+
+FAULTS = {"reset": "connection reset", "cut": "link cut", "stall": "link silent", "kill": "worker killed"}
+
+
+def split_cuts(measurement: Measurement) -> Rows:
+    cuts = measurement["results"]["cuts"]
+    yield [
+        *("fault", "answers", "tokens of the worker, of the tail", "lost, twice, others"),
+        *("stall ms, median", "p95", "max", "tail alone ms, median", "stall beyond it, p95", "max"),
+    ]
+    rows = {FAULTS[kind]: found for kind, found in cuts["by_kind"].items()}
+    for name, found in {**rows, "all": cuts | {"n": cuts["n"] + cuts["kills"]}}.items():
+        stall, tail, over = (found[key] for key in ("stall_ms", "tail_prefill_ms", "stall_over_tail_ms"))
+        yield [
+            *(name, str(found["n"]), f"{found['tokens']['there']:,}, {found['tokens']['here']:,}"),
+            f"{found['lost']}, {found['duplicated']}, {found['different']}",
+            *(short(stall[key]) for key in ("median", "p95", "max")),
+            *(short(tail["median"]), short(over["p95"]), short(over["max"])),
+        ]
+
+
+def split_speed(measurement: Measurement) -> Rows:
+    """An exact boundary beside the whole model."""
+    found, same = measurement["results"], measurement["results"]["identical"]
+    yield ["figure", "split", "whole", "ratio"]
+    pairs = (("tokens/s", "tok_s"), ("first token ms", "first_token_ms"))
+    for where, speed in (("a core each", found["speed_apart"]), ("both cores shared", found["speed"])):
+        for name, key in pairs:
+            ratio = interval(speed["ratio"]) if key == "tok_s" else ""
+            yield [f"{name}, {where}", interval(speed[f"split_{key}"]), interval(speed[f"whole_{key}"]), ratio]
+    yield [f"tokens that differ, of {same['tokens']:,} in {same['prompts']} answers", str(same["different"]), "", ""]
+
+
+def boundary(measurement: Measurement) -> Rows:
+    """A line a cut; the codecs beside each other."""
+    rows = measurement["results"]["rows"]
+    codecs = list(dict.fromkeys(row["codec"] for row in rows))
+    yield ["model", "cut", *(text for name in codecs for text in (f"{name}: bytes", "rise of perplexity"))]
+    places = list(dict.fromkeys((row["model"], row["cut"]) for row in rows))
+    for model, cut in places:
+        line = [model, str(cut)]
+        for name in codecs:
+            row = next(r for r in rows if (r["model"], r["cut"], r["codec"]) == (model, cut, name))
+            low, high = row["interval"] or (None, None)
+            rise = "overflows" if row["ppl_rise"] is None else f"{row['ppl_rise']:+.2%} [{low:+.2%}, {high:+.2%}]"
+            line += [str(row["bytes"]), rise]
+        yield line
+
+
+def relay(measurement: Measurement) -> Rows:
+    """Errors of the emulated links."""
+    yield ["link", "round trip ms", "its error", "error of bytes a second, up", "down"]
+    for name, one in measurement["results"]["links"].items():
+        yield [
+            name,
+            f"{one['profile']['rtt_ms']:g}",
+            *(f"{one[key]:+.2%}" for key in ("rtt_error", "up_error", "down_error")),
+        ]
+
+
 TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "engines": ("engines", engines),
     "engines_targets": ("engines", targets),
@@ -303,6 +429,13 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "joint_audit": ("joint_audit", joint_audit),
     "fixed_threshold": ("fixed_threshold", fixed_threshold),
     "vision": ("vision", vision),
+    "boundary": ("boundary", boundary),
+    "relay": ("relay", relay),
+    "split_cuts": ("split_cuts", split_cuts),
+    "split_speed": ("split", split_speed),
+    "split_accuracy": ("split_accuracy", split_accuracy),
+    "split_planner": ("split_planner", split_planner),
+    "split_relay": ("split_relay", split_relay),
 }
 
 
