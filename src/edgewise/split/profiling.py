@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, Final
@@ -32,6 +33,7 @@ CODECS: Final = ("fp16", "int8", "int6", "int4")
 WIDEST: Final = 8  # tensors that cross
 SLACK: Final = 1.5  # coded, more bytes may be fewer
 ROUNDS: Final = 12
+CODED: Final = 2  # times that each input's tensor is coded
 QUIET: Final = 0.25  # the quantile of the rounds that counts
 TOGETHER: Final = 12  # cuts whose halves are in memory at once
 SLOWNESS: Final = (1.0, 3.0, 10.0)  # of an edge, for which cuts are proposed
@@ -201,19 +203,18 @@ def _timed(call: Callable[[], object] | None) -> float:
 
 def _coding(name: str, values: Sequence[Array], codec: str) -> Coding | None:
     """None if the codec cannot hold them."""
-    sizes, encode_s, decode_s = [], [], []
-    for value in values:
-        began = time.perf_counter()
-        try:
-            payload = encode({name: value}, codec)
-        except CodecOverflow:
-            return None
-        between = time.perf_counter()
-        decode(payload)
-        decode_s.append(time.perf_counter() - between)
-        encode_s.append(between - began)
-        sizes.append(len(payload) - HEADER_BYTES)
-    return Coding(float(np.mean(sizes)), float(np.median(encode_s)), float(np.median(decode_s)))
+    try:
+        payloads = [encode({name: value}, codec) for value in values]
+    except CodecOverflow:
+        return None
+    pairs = [*zip(values, payloads, strict=True)] * CODED
+    encode_s = [_timed(partial(encode, {name: value}, codec)) for value, _ in pairs]
+    decode_s = [_timed(partial(decode, payload)) for _, payload in pairs]
+    return Coding(
+        float(np.mean([len(payload) - HEADER_BYTES for payload in payloads])),
+        float(np.quantile(encode_s, QUIET)),
+        float(np.quantile(decode_s, QUIET)),
+    )
 
 
 # Units, and the cuts that they propose
