@@ -306,7 +306,7 @@ def judged(plan: Plan, judges: Plans, link: LinkProfile) -> dict[str, Any]:
     wanted = frozenset(map(str, plan.units))
     same = [way for way in every if way.edge == wanted and plan.codec in (None, judges.codecs[way])]
     took_s = min(every[way] for way in same or [way for way in every if way.edge == wanted])
-    alone_s = {way.place: seconds for way, seconds in every.items() if way.place != "split"}
+    alone_s = {place: min(s for way, s in every.items() if way.place == place) for place in ("edge", "cloud")}
     least_s = min(every.values())
     return {
         "place": plan.place,

@@ -196,6 +196,7 @@ def test_without_an_upload_the_input_is_coded_too(profile: Profile) -> None:
     assert plan.codec in bare.codecs
     (image,) = (tensor for tensor in bare.tensors if tensor.name == "image")
     assert plan.up_bytes == round(image.coded[plan.codec].bytes) + Request().up_bytes
+    assert plan.cloud_only_s == plan.seconds  # under whichever codec is soonest
     assert {way.place for way in bare.plans(max_error=0).table.ways} == {"edge"}
 
 

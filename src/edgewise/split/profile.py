@@ -13,7 +13,7 @@ import msgspec
 from edgewise.devices.links import LinkProfile
 from edgewise.errors import UsageError
 from edgewise.plan.dag import Dag, Node, Place, Tensor, Way
-from edgewise.plan.mincut import Choice, Table
+from edgewise.plan.mincut import Table
 
 FORMAT: Final = 1
 SIZE_LIMIT: Final = 64 << 20
@@ -100,17 +100,18 @@ class Plans:
     uploaded: frozenset[str] = frozenset()  # inputs that are not coded
 
     def at(self, link: LinkProfile) -> Plan:
-        choice = self.table.at(link)
-        return self._plan(choice.way, choice, link)
+        return self._plan(self.table.at(link).way, link)
 
     def nearest(self, link: LinkProfile) -> Plan | None:
         """The best that asks the cloud; None if nothing may."""
         asking = [way for way in self.table.ways if way.place != "edge"]
-        if not asking:
-            return None
-        return self._plan(min(asking, key=lambda way: way.seconds(link)), self.table.at(link), link)
+        return self._plan(min(asking, key=lambda way: way.seconds(link)), link) if asking else None
 
-    def _plan(self, way: Way, choice: Choice, link: LinkProfile) -> Plan:
+    def _plan(self, way: Way, link: LinkProfile) -> Plan:
+        alone = {
+            place: min((one.seconds(link) for one in self.table.ways if one.place == place), default=None)
+            for place in ("edge", "cloud")
+        }
         return Plan(
             place=way.place,
             units=frozenset(map(int, way.edge)),
@@ -121,8 +122,8 @@ class Plans:
             front_bytes=self.cuts[way.edge].front_bytes,
             cloud_s=way.cloud_s + way.overhead_s,
             seconds=way.seconds(link),
-            edge_only_s=choice.edge_only_s,
-            cloud_only_s=choice.cloud_only_s,
+            edge_only_s=alone["edge"],
+            cloud_only_s=alone["cloud"],
         )
 
 
