@@ -6,8 +6,8 @@ For each of four networks of WORK's profiles and each link, with the input as an
 without: the plan for that link and an edge so many times slower is carried out by a SplitPredictor over a relay process
 (python -m edgewise.bench.relay) and a worker process (this script, with --serve), photo by photo; where the plan is to
 ask nobody, the best plan that asks is carried out as well, unless it takes more than 15 s. The edge is as slow as it
-should be because it sleeps: for what it computed, so many times less one. Reports the plan's seconds beside those that
-passed. Writes a Measurement file (emulated) once all are done.
+should be because it sleeps until its part of the plan has passed. Reports the plan's seconds beside those that passed.
+Writes a Measurement file (emulated) once all are done.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ async def measured(net: str, options: argparse.Namespace) -> list[dict[str, Any]
                         if plan.seconds > MOST_S:
                             continue
                         upload = best_upload(options.work) if kind == "image" else None
-                        edge = Edge(graph, plan, link, url, options.slow, upload)
+                        edge = Edge(graph, plan, link, url, options.slow * edge_s(one, plan), upload)
                         found = await edge.carried_out(crops)
                         await edge.close()
                         cell = {"net": net, "input": kind, "link": link.name, "slow": options.slow}
@@ -128,12 +128,12 @@ async def measured(net: str, options: argparse.Namespace) -> list[dict[str, Any]
 
 
 class Edge:
-    """A SplitPredictor over the relay that keeps to one plan, and whose computing takes longer than it does."""
+    """A SplitPredictor over the relay that keeps to one plan, and whose own part takes `edge_s` at least."""
 
     def __init__(
-        self, graph: Graph, plan: Plan, link: LinkProfile, url: str, slow: float, upload: tuple[str, int] | None
+        self, graph: Graph, plan: Plan, link: LinkProfile, url: str, edge_s: float, upload: tuple[str, int] | None
     ) -> None:
-        self._link, self._slow, self._upload, self._plan = link, slow, upload, plan
+        self._link, self._edge_s, self._upload, self._plan = link, edge_s, upload, plan
         self._post = Post(url)
         self._crop: Image.Image | None = None
         self._began = 0.0
@@ -174,7 +174,7 @@ class Edge:
         return await self._post(payload)
 
     async def _linger(self) -> None:
-        await asyncio.sleep((self._slow - 1) * (time.perf_counter() - self._began))
+        await asyncio.sleep(max(0.0, self._began + self._edge_s - time.perf_counter()))
 
     def _packed(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         file = io.BytesIO()
@@ -186,6 +186,14 @@ class Edge:
     async def close(self) -> None:
         await self._split.close()
         await self._post.close()
+
+
+def edge_s(profile: Profile, plan: Plan) -> float:
+    """What this machine needs for the edge's part of a plan: the front half, and coding what crosses."""
+    front_s = next(cut.front_s for cut in profile.cuts if cut.edge == plan.units)
+    coded = {tensor.name: tensor.coded for tensor in profile.tensors}
+    crossing = [profile.upload.get(name) or coded[name][str(plan.codec)] for name in plan.crossing]
+    return front_s + sum(coding.encode_s for coding in crossing)
 
 
 class Always:
