@@ -12,7 +12,8 @@ from edgewise.bench.relay import Relay
 from edgewise.devices.links import LINKS, LinkProfile
 from edgewise.engines.decode import Decoder
 from edgewise.models.bundle import Bundle
-from edgewise.split.channel import Patience
+from edgewise.split.channel import Channel, Patience, Way
+from edgewise.wire.frame import Hello
 from served import eventually
 from split.conftest import WorkerProcess
 from split.edges import PROMPTS, ask_until, edge, ids, tokens
@@ -90,6 +91,10 @@ async def test_four_sessions_at_once_survive_one_cut(bundle: Bundle, worker: Wor
     assert [ids(answer) for answer in answers] == expected
 
 
+def hello(bundle: Bundle) -> Hello:
+    return Hello(bundle.name, bundle.weights, "any")
+
+
 @pytest.mark.parametrize(("link", "times"), [(LINKS["dsl"], 3), (NARROW, 1)], ids=["dsl", "narrow"])
 async def test_a_slow_link_is_not_a_dead_one(
     bundle: Bundle, worker: WorkerProcess, link: LinkProfile, times: int
@@ -143,6 +148,21 @@ async def test_a_connection_that_ended_unnoticed_is_mended_by_the_next_answer(
             assert ids(await tokens(split.decoder, PROMPTS[3], 40)) == expected
             await ask_until(lambda: split.model.tally.there > there, split.decoder, PROMPTS[3], expected)
             assert split.model.tally.losses == 1
+
+
+async def test_a_model_that_is_shut_down_while_it_gives_up_a_worker_leaves_no_socket(
+    bundle: Bundle, worker: WorkerProcess
+) -> None:
+    """The good-bye of a connection in a black hole takes a while, and whoever says it is stopped."""
+    with Relay(worker.url, LAN) as relay:
+        channel = await Channel.open(Way(relay.url), hello(bundle), Patience())
+        relay.stall()
+        closing = asyncio.create_task(channel.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert closing.cancelled()
+        assert channel._socket.transport.is_closing()
 
 
 async def test_several_flaps_in_one_answer(bundle: Bundle, worker: WorkerProcess, whole: Decoder) -> None:

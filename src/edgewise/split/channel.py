@@ -208,9 +208,11 @@ class Channel:
     async def close(self) -> None:
         self._end(Unreachable("the connection to the worker was closed"))
         self._reader.cancel()
-        with suppress(TimeoutError, WebSocketException, OSError):
-            await asyncio.wait_for(self._socket.close(), CLOSE_S)
-        self._socket.transport.abort()
+        try:
+            with suppress(TimeoutError, WebSocketException, OSError):
+                await asyncio.wait_for(self._socket.close(), CLOSE_S)
+        finally:  # also for whoever is cancelled while saying good-bye
+            self._socket.transport.abort()
 
     async def _put(self, message: bytes) -> None:
         try:
