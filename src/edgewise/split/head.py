@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from edgewise.engines.local import LocalModel
 from edgewise.engines.sampling import BestOf
 from edgewise.engines.slots import CHUNK
 from edgewise.types import Best, FloatArray
+
+ROWS: Final = 16  # whose logits are there at once where only the best are wanted
 
 
 class Head:
@@ -30,5 +32,9 @@ class Head:
         return logits
 
     def best(self, hidden: FloatArray, count: int) -> Best:
-        """The `count` most probable tokens of each."""
-        return self._best_of(self.logits(hidden), count)
+        """The `count` most probable tokens of each. Few rows at a time: logits of all would be two hundred megabytes
+        for the most that a frame may want of a usual vocabulary."""
+        parts = [self._best_of(self.logits(hidden[n : n + ROWS]), count) for n in range(0, max(len(hidden), 1), ROWS)]
+        if len(parts) == 1:
+            return parts[0]
+        return Best(np.concatenate([part.ids for part in parts]), np.concatenate([part.logprobs for part in parts]))
