@@ -520,7 +520,7 @@ async def test_an_edge_that_does_not_read_is_not_read(worker: Worker, reference:
         one.reads.clear()
         one.put(*[rows(hidden, 0, 1)] * 100)
         await alike(worker, reference)  # others are served meanwhile
-        assert one.messages.qsize() == 100 - WAITING
+        assert 100 - WAITING <= one.messages.qsize() < 100
         one.reads.set()
         assert len({bytes((await one.next()).payload) for _ in range(100)}) == 1
 

@@ -182,9 +182,10 @@ class Campaign:
         }
 
     def _round(self, number: int, apart: bool) -> dict[str, Any]:
-        """The same ids for both; who begins changes from round to round."""
+        """The same ids for both; who begins changes from round to round, and every second one who has which core: on a
+        machine with neighbours they are not equally fast."""
         turns = {}
-        edge_core, worker_core = sorted(os.sched_getaffinity(0))[:2] if apart else (None, None)
+        edge_core, worker_core = _cores(number) if apart else (None, None)
         for name in ("whole", "split") if number % 2 == 0 else ("split", "whole"):
             if name == "whole":
                 turns[name] = self._turn(None, edge_core)
@@ -236,6 +237,11 @@ class Campaign:
 def two_cores() -> bool:
     """Whether two processes can have a core each."""
     return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
+
+
+def _cores(number: int) -> tuple[int, int]:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    return (second, first) if number % 4 > 1 else (first, second)
 
 
 def read(file: Path) -> str:

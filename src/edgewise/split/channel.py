@@ -6,15 +6,25 @@ import asyncio
 import logging
 import ssl
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
+from websockets.exceptions import (
+    ConnectionClosed,
+    ConnectionClosedOK,
+    InvalidHandshake,
+    InvalidStatus,
+    WebSocketException,
+)
+from websockets.frames import DATA_OPCODES, Opcode
+from websockets.frames import Frame as Piece
+from websockets.protocol import OPEN, Event
 
 from edgewise.devices.address import is_loopback
 from edgewise.errors import BadFrame, ConfigError, RemoteError, RemoteRefused, RemoteTimeout, Unreachable
@@ -111,14 +121,54 @@ class _Asked:
     size: int
 
 
+class _Socket(ClientConnection):
+    """Gives a message to `heard` in the turn of the event loop in which it comes, None for a text, and its end to
+    `lost`; sends one at once where it cannot be held up. The library's own ways, a queue and a task that reads it,
+    take two more turns of the loop, as long as a tenth of a small model's token."""
+
+    def __init__(
+        self,
+        *own: Any,
+        heard: Callable[[bytes | None], None],
+        lost: Callable[[ConnectionClosed], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(*own, **options)
+        self._heard, self._lost = heard, lost
+        self._pieces: list[bytes] | None = []
+
+    def process_event(self, event: Event) -> None:
+        if not isinstance(event, Piece) or event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+            return
+        if event.opcode is not Opcode.CONT:
+            self._pieces = None if event.opcode is Opcode.TEXT else []
+        if self._pieces is not None:
+            self._pieces.append(bytes(event.data))
+        if event.fin:
+            self._heard(None if self._pieces is None else b"".join(self._pieces))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._lost(self.close_exc)
+
+    def send_now(self, message: bytes) -> bool:
+        """Whether it went; `send` waits until there is room."""
+        if self.protocol.state is not OPEN or self.transport.get_write_buffer_size() + len(message) > BUFFERED:
+            return False
+        self.protocol.send_binary(message)
+        self.send_data()
+        return True
+
+
 class Channel:
     """One connection, from `open` until it breaks or is closed. Each question of a session is answered once, in order;
     an answer that comes after its asker has given up is passed over, and shows that the worker lives."""
 
-    def __init__(self, socket: ClientConnection, patience: Patience) -> None:
-        self._socket = socket
+    _socket: _Socket
+
+    def __init__(self, patience: Patience) -> None:
         self._asked: defaultdict[int, deque[_Asked]] = defaultdict(deque)
-        self._reader = asyncio.create_task(self._read())
         self.patience = patience
         self.welcome = wire.Welcome((0, 0), "", 0, 0)
         self.ended = asyncio.Event()
@@ -130,7 +180,8 @@ class Channel:
     async def open(cls, way: Way, hello: wire.Hello, patience: Patience) -> Channel:
         """Connected, and known to the worker. Unreachable or RemoteTimeout where nobody answers; RemoteRefused with the
         reason for a wrong key, version or model; ConfigError for a bad address."""
-        channel = cls(await _connected(way), patience)
+        channel = cls(patience)
+        channel._socket = await _connected(way, partial(_Socket, heard=channel._heard, lost=channel._lost))
         try:
             answer = await channel.ask(Frame(Kind.HELLO, payload=wire.write_body(hello)), within_s=CONNECT_S)
             channel.welcome = wire.read_body(answer, wire.Welcome)
@@ -178,8 +229,8 @@ class Channel:
         asked.answer.add_done_callback(_looked_at)
         self._asked[frame.session].append(asked)
         self._idle.clear()
-        if self._socket.transport.get_write_buffer_size() + len(message) <= BUFFERED:
-            await self._put(message)  # it cannot be held up
+        if self._socket.send_now(message):
+            self.bytes_up += len(message)
             return asked
         try:
             async with asyncio.timeout(self._limit_s()):
@@ -207,7 +258,6 @@ class Channel:
 
     async def close(self) -> None:
         self._end(Unreachable("the connection to the worker was closed"))
-        self._reader.cancel()
         try:
             with suppress(TimeoutError, WebSocketException, OSError):
                 await asyncio.wait_for(self._socket.close(), CLOSE_S)
@@ -222,18 +272,20 @@ class Channel:
             raise self.reason from e
         self.bytes_up += len(message)
 
-    async def _read(self) -> None:
+    def _heard(self, message: bytes | None) -> None:
+        if self.ended.is_set():
+            return
         try:
-            async for message in self._socket:
-                if isinstance(message, str):
-                    raise BadFrame("a text message; frames are binary")
-                self._take(wire.unpack(message))
-                self.bytes_down += len(message)
-            self._end(Unreachable("the worker closed the connection"))
-        except (WebSocketException, OSError) as e:
-            self._end(_broken(e))
+            if message is None:
+                raise BadFrame("a text message; frames are binary")
+            self._take(wire.unpack(message))
+            self.bytes_down += len(message)
         except RemoteError as e:
             self._end(e)
+
+    def _lost(self, error: ConnectionClosed) -> None:
+        closed = Unreachable("the worker closed the connection")
+        self._end(closed if isinstance(error, ConnectionClosedOK) else _broken(error))
 
     def _take(self, frame: Frame) -> None:
         refusal = _refusal(frame) if frame.kind == Kind.ERROR else None
@@ -284,12 +336,13 @@ def _refusal(frame: Frame) -> Refused:
     return Refused(body.code, body.message, frame.position)
 
 
-async def _connected(way: Way) -> ClientConnection:
+async def _connected(way: Way, made: Callable[..., _Socket]) -> _Socket:
     headers = {"Authorization": f"Bearer {way.key}"} if way.key else {}
     host = urlsplit(way.url).hostname or ""
     try:
-        return await connect(
+        connection = await connect(
             way.address,
+            create_connection=made,  # type: ignore[arg-type]  # "a wrapper or a subclass" may be given
             additional_headers=headers,
             compression=None,  # rows of a codec have nothing left to compress
             max_size=wire.FRAME_LIMIT,
@@ -300,6 +353,8 @@ async def _connected(way: Way) -> ClientConnection:
             logger=_quiet,
             ssl=_trusting(way),
         )
+        assert isinstance(connection, _Socket)
+        return connection
     except InvalidStatus as e:
         raise _no_upgrade(way, e.response.status_code) from e
     except TimeoutError as e:

@@ -48,12 +48,38 @@ class _Held:
 
 @dataclass(eq=False)
 class _Connection:
-    """One edge. `answers` holds what is to be sent, None at the end."""
+    """One edge. `answers` holds what is to be sent, in the order in which it came to be, None at the end."""
 
+    send: Send
     known: bool = False  # its HELLO was accepted
     ended: bool = False
+    sending: bool = False
+    gone: bool = False  # it could not be sent an answer
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WAITING))
     answers: asyncio.Queue[Frame | None] = field(default_factory=asyncio.Queue)
+
+    async def write(self) -> None:
+        """Send what comes, until None."""
+        while not self.gone and (answer := await self.answers.get()) is not None:
+            await self._send(answer)
+
+    async def flush(self) -> None:
+        """Send what is there, if nobody does: to wake `write` takes a turn of the loop, which a token feels."""
+        while not (self.gone or self.sending or self.answers.empty()):
+            answer = self.answers.get_nowait()
+            assert answer is not None, "the end comes when nothing is read any more"
+            await self._send(answer)
+
+    async def _send(self, answer: Frame) -> None:
+        self.sending = True
+        try:
+            await self.send(wire.pack(answer))
+        except Exception as why:  # whatever a server says when nobody is at the other end
+            log.info("an edge went before its answers came: %s", type(why).__name__)
+            self.gone = True
+        finally:
+            self.sending = False
+            self.room.release()  # who waits to read on learns that it goes on, or that nobody is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +128,10 @@ class Worker:
         is the last that it is sent."""
         if self._steps is None and not self._inline:
             self._steps = asyncio.create_task(self._work())
-        connection = _Connection()
-        writer = asyncio.create_task(_write(connection, send))
+        connection = _Connection(send)
+        writer = asyncio.create_task(connection.write())
         try:
-            await self._read(connection, receive, writer)
+            await self._read(connection, receive)
         finally:
             connection.ended = True
             for held in self._sessions.values():
@@ -113,8 +139,6 @@ class Worker:
                     held.owner, held.used = None, time.monotonic()
             connection.answers.put_nowait(None)
             await asyncio.wait([writer])
-            if not writer.cancelled() and (gone := writer.exception()):
-                log.info("an edge went before its answers came: %s", type(gone).__name__)
 
     async def close(self) -> None:
         """End the steps; the one that is being computed ends first. Idempotent."""
@@ -125,8 +149,8 @@ class Worker:
         if self._step_now is not None:
             await asyncio.wait([self._step_now])
 
-    async def _read(self, connection: _Connection, receive: Receive, writer: asyncio.Task[None]) -> None:
-        while not writer.done():
+    async def _read(self, connection: _Connection, receive: Receive) -> None:
+        while not connection.gone:
             await connection.room.acquire()
             message = await receive()
             if message is None:
@@ -142,6 +166,7 @@ class Worker:
                 connection.answers.put_nowait(answer)
                 if answer.kind == Kind.ERROR and not answer.session:
                     return
+            await connection.flush()
 
     async def _answer(self, connection: _Connection, frame: Frame) -> Frame | None:
         """What can be said at once; None for what waits for its turn."""
@@ -320,16 +345,6 @@ class Worker:
         except EdgewiseError as e:  # numbers that no codec holds or no token follows from: the others' are their own
             return _error(frame, "failed", str(e))
         return Frame(Kind.TOKENS, *common, best=frame.best, payload=wire.write_best(best))
-
-
-async def _write(connection: _Connection, send: Send) -> None:
-    """Answers in the order in which they came to be, until None."""
-    try:
-        while (answer := await connection.answers.get()) is not None:
-            await send(wire.pack(answer))
-            connection.room.release()
-    finally:
-        connection.room.release()  # whoever waits to read on learns that nobody is there
 
 
 def _error(frame: Frame, code: str, message: str, position: int = 0) -> Frame:

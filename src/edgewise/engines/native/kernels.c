@@ -166,6 +166,12 @@ INLINE vec factors_at(const void *from, int bytes, size_t at) {
     return bytes == 4 ? load((const float *)from + at) : halves((const uint16_t *)from + at);
 }
 
+/* Codes are read once a token, faster than memory gives them. The processor itself looks ahead to the end of a page at most;
+   asked for AHEAD blocks before their use they come in time (8 to 32 blocks are as good), and NTA keeps them from pushing out
+   what is needed again. Behind the last block nothing is there to come, which is no fault. */
+#define AHEAD 16
+#define LINE 64
+
 /* EW_LANES outputs, from `lane` of group g on, for the `rows` rows of one tile. */
 INLINE void outputs(const ew_matrix *w, int g, int lane, const int rows, const int bits, const int block, const int8_t *codes,
                     const ew_factor *factors, float *out, int out_stride) {
@@ -175,6 +181,7 @@ INLINE void outputs(const ew_matrix *w, int g, int lane, const int rows, const i
     vec total[EW_TILE];
     UNROLL for (int m = 0; m < rows; m++) total[m] = splat(0);
     for (int b = 0; b < blocks; b++, q += bytes, codes += rows * EW_BLOCK, factors += rows) {
+        UNROLL for (int i = 0; i < bytes / LINE; i++) _mm_prefetch((const char *)q + AHEAD * bytes + i * LINE, _MM_HINT_NTA);
         UNROLL for (int part = 0; part < parts; part++, at += EW_COLUMNS) {
             dots a[EW_TILE];
             UNROLL for (int m = 0; m < rows; m++) a[m] = no_dots();
