@@ -27,22 +27,18 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import uvicorn
 from PIL import Image
 from split_vision import RESULTS, best_upload, middle, unpacked, without_upload
-from starlette.applications import Starlette
-from starlette.routing import Route
 from vision import opened
 
 from edgewise.bench.measure import Measurement, typed
 from edgewise.devices.links import LINKS, LinkProfile
 from edgewise.models.graph import Graph
-from edgewise.serve.completions import Crowd
-from edgewise.serve.exchange import Limits
+from edgewise.serve.app import create_worker_app
 from edgewise.serve.halves import Half
-from edgewise.serve.run import listen
+from edgewise.serve.run import run
 from edgewise.split.halves import BackHalf
-from edgewise.split.post import PATH, Post
+from edgewise.split.post import Post
 from edgewise.split.predictor import Patience, SplitPredictor
 from edgewise.split.profile import Plan, Profile
 
@@ -80,15 +76,7 @@ def main() -> None:
 
 def serve(path: Path) -> None:
     """The worker; its address is its first line."""
-    half = Half(
-        BackHalf(Graph.open(path), unpacked=received),
-        Limits(),
-        Crowd(8),
-    )
-    listener = listen("127.0.0.1", 0, send_s=60)
-    print(json.dumps({"url": f"http://127.0.0.1:{listener.getsockname()[1]}"}), flush=True)
-    app = Starlette(routes=[Route(PATH, half, methods=["POST"])])
-    uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none")).run([listener])
+    run(create_worker_app(Half(BackHalf(Graph.open(path), unpacked=received))), port=0, send_s=60)
 
 
 def received(sent: Mapping[str, Array]) -> Mapping[str, Array]:

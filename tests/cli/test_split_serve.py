@@ -11,8 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from calling import Cli
+
+from edgewise.models.graph import Graph
+from edgewise.split.halves import Halves, read_answer
+from edgewise.wire.feature import encode
+from split.nets import images, residual
 
 QUESTION = ("ask", "abc", "--max-tokens", "12")
 
@@ -134,3 +140,39 @@ def test_a_refused_key_ends_with_the_reason(in_stock: Cli, stocked: Path, tmp_pa
     assert told.code == 3
     assert "refuses the key" in told.err
     assert told.out == ""
+
+
+def test_a_worker_of_a_file_answers_features_of_any_cut(home: Path, tmp_path: Path) -> None:
+    file = residual(tmp_path / "net.onnx")
+    graph = Graph.open(file)
+    expected = Halves(graph, frozenset()).back({"image": images()})["logits"]
+    with served(home, "split", "serve", "--model", str(file), "--shape", "image=1,3,16,16") as url:
+        for name in ("p1", "s3"):
+            halves = Halves(graph, graph.before([name]))
+            crossing, _ = halves.front({"image": images()})
+            body = encode(crossing, "exact", label=halves.label)
+            answer = httpx2.post(f"{url}/edgewise/half", content=body, timeout=60)
+            assert answer.status_code == 200
+            outputs, _, _ = read_answer(answer.content)
+            assert np.abs(outputs["logits"] - expected).max() < 1e-4
+        assert httpx2.post(f"{url}/edgewise/half", content=b"nothing", timeout=60).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [(("--layers", "1:2"), "--layers is for language models"), (("--shape", "image=1"), "takes"), ((), "net2.onnx")],
+    ids=["layers", "shape", "no file"],
+)
+def test_a_file_is_not_served_with_what_it_does_not_take(
+    in_stock: Cli, tmp_path: Path, flags: tuple[str, ...], what: str
+) -> None:
+    file = residual(tmp_path / "net.onnx") if flags else tmp_path / "net2.onnx"
+    told = in_stock("split", "serve", "--model", str(file), *flags)
+    assert told.code != 0
+    assert what in told.err
+
+
+def test_a_shape_is_for_files(in_stock: Cli) -> None:
+    told = in_stock("split", "serve", "--model", "tiny", "--shape", "image=1,3,4,4")
+    assert told.code == 2
+    assert "--shape is for .onnx files" in told.err

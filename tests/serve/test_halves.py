@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 from edgewise.errors import RemoteBroken, RemoteRefused, Unreachable
 from edgewise.models.graph import Graph
-from edgewise.serve.app import guards
-from edgewise.serve.completions import Crowd
+from edgewise.serve.app import create_worker_app
 from edgewise.serve.exchange import Limits
 from edgewise.serve.halves import Half
 from edgewise.serve.run import listen
@@ -35,9 +32,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 @pytest.fixture(scope="module")
 def url(graph: Graph) -> Iterator[str]:
-    limits = Limits(body_bytes=1 << 20)
-    half = Half(BackHalf(graph), limits, Crowd(4))
-    app = Starlette(routes=[Route(PATH, half, methods=["POST"])], middleware=guards([KEY]))
+    half = Half(BackHalf(graph), Limits(body_bytes=1 << 20, in_flight=4))
+    app = create_worker_app(half, keys=[KEY])
     listener = listen("127.0.0.1", 0, send_s=10)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgewise.errors import UsageError
 from edgewise.settings import BY_FLAG
 
 
@@ -35,6 +36,20 @@ def flags(**given: object) -> dict[str, Any]:
     return {f"--{name.replace('_', '-')}": value for name, value in given.items()}
 
 
+def shapes_of(given: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """What --shape says; UsageError for what it cannot."""
+    found = {}
+    for one in given or ():
+        name, _, axes = one.rpartition("=")
+        try:
+            found[name] = tuple(int(axis) for axis in axes.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--shape is {one!r}", hint="write the input's name and its axes: image=1,3,224,224"
+            ) from None
+    return found
+
+
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="show a traceback if Edgewise itself fails")]
 Config = Annotated[
@@ -44,6 +59,10 @@ Config = Annotated[
         metavar="FILE",
         help="settings file  [default: $EDGEWISE_CONFIG, then $EDGEWISE_HOME/edgewise.toml]",
     ),
+]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1,3,224,224", help="of an .onnx input with free axes"),
 ]
 Within = Annotated[
     float,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgewise.cli.options import Debug, Json
+from edgewise.cli.options import Debug, Json, Shape, shapes_of
 from edgewise.cli.output import columns, megabytes, note, result
 from edgewise.errors import UsageError
 
@@ -29,9 +29,7 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE", help=".npz: an array by each input's name, one request a row; unset: drawn ones"),
     ] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=1,3,224,224", help="of an input whose axes are free")
-    ] = None,
+    shape: Shape = None,
     upload_bytes: Annotated[
         float | None,
         typer.Option(metavar="BYTES", help="what the cloud alone is sent for a request (a JPEG, say), on average"),
@@ -45,7 +43,7 @@ def profile(
     from edgewise.split.profile import Coding
     from edgewise.split.profiling import profiled
 
-    graph = Graph.open(model, _shapes(shape or []))
+    graph = Graph.open(model, shapes_of(shape))
     given = _drawn(graph) if inputs is None else _read(graph, inputs)
     if inputs is None:
         note("measured with random inputs: bytes and errors will be others for real ones; give some with --inputs")
@@ -152,19 +150,6 @@ def _reasons(plan: Plan, link: LinkProfile, max_error: float) -> list[str]:
         f"cut at {', '.join(plan.crossing)}: {gain}",
         f"{plan.codec} is the codec that is soonest there with an error of at most {max_error:g} in the answer",
     ]
-
-
-def _shapes(given: list[str]) -> dict[str, tuple[int, ...]]:
-    found = {}
-    for one in given:
-        name, _, axes = one.rpartition("=")
-        try:
-            found[name] = tuple(int(axis) for axis in axes.split(","))
-        except ValueError:
-            raise UsageError(
-                f"--shape is {one!r}", hint="write the input's name and its axes: image=1,3,224,224"
-            ) from None
-    return found
 
 
 def _drawn(graph: Graph) -> list[dict[str, npt.NDArray[Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -16,9 +17,11 @@ from edgewise.cli.options import (
     Model,
     Port,
     Runtime,
+    Shape,
     TlsCert,
     TlsKey,
     flags,
+    shapes_of,
 )
 from edgewise.errors import UsageError
 from edgewise.settings import load
@@ -38,11 +41,12 @@ def serve(
     key_file: KeyFile = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    shape: Shape = None,
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Run the last layers of a model for edges that run its first. The first line of stdout is {"url": ...}, once it is
-    ready."""
+    """Run the last layers of a model for edges that run its first: of a language model, or of an .onnx file. The first
+    line of stdout is {"url": ...}, once it is ready."""
     settings = load(
         flags(
             model=model,
@@ -58,9 +62,22 @@ def serve(
         config=config,
     ).settings
 
-    from edgewise.cli.tiers import listen_as_worker
+    from edgewise.cli.tiers import listen_as_worker, listen_with_half
 
-    listen_as_worker(settings, None if layers is None else _layers(layers))
+    if settings.model.name.lower().endswith(".onnx"):
+        _only(
+            {"--layers": layers, "--runtime": runtime, "--mode": mode}, "language models; of a file any cut is served"
+        )
+        listen_with_half(settings, shapes_of(shape))
+    else:
+        _only({"--shape": shape}, ".onnx files")
+        listen_as_worker(settings, None if layers is None else _layers(layers))
+
+
+def _only(given: Mapping[str, object], of: str) -> None:
+    for flag, value in given.items():
+        if value is not None:
+            raise UsageError(f"{flag} is for {of}")
 
 
 def _layers(text: str) -> range:

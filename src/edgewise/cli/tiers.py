@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgewise.cli.output import note, progress
@@ -140,6 +140,20 @@ def listen_as_worker(settings: Settings, layers: range | None) -> None:
     keys, tls = doors(settings)
     worker = open_worker(settings, layers, inline=True)
     app = create_worker_app(Split(lambda: worker), keys=keys)
+    run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s, tls=tls)
+
+
+def listen_with_half(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Serve the second half of the ONNX file that is the model, at any cut, until a signal comes."""
+    from edgewise.models.graph import Graph
+    from edgewise.serve.app import create_worker_app
+    from edgewise.serve.halves import Half
+    from edgewise.serve.run import run
+    from edgewise.split.halves import BackHalf
+
+    keys, tls = doors(settings)
+    half = Half(BackHalf(Graph.open(settings.model.name, shapes)))
+    app = create_worker_app(half, keys=keys)
     run(app, settings.serve.host, settings.serve.port, send_s=settings.serve.send_s, tls=tls)
 
 

@@ -28,6 +28,7 @@ from edgewise.joint.replay_log import ReplayLog
 from edgewise.serve.completions import CHAT, TEXT, Completions, Crowd, Node
 from edgewise.serve.errors import answer_error, failure_of
 from edgewise.serve.exchange import Limits
+from edgewise.serve.halves import HALF, Half
 from edgewise.serve.link import Bytes
 from edgewise.serve.metrics import Metrics
 from edgewise.serve.openapi import document
@@ -91,20 +92,22 @@ def create_app(
     return app
 
 
-def create_worker_app(split: Split, *, keys: Collection[str] = (), limits: Limits | None = None) -> Starlette:
-    """The app of a worker alone: its WebSocket, bytes that measure the way to it, and probes."""
+def create_worker_app(worker: Split | Half, *, keys: Collection[str] = (), limits: Limits | None = None) -> Starlette:
+    """The app of a worker alone: its WebSocket or its path for features, bytes that measure the way to it, and
+    probes."""
     limits = limits or Limits()
     health = Health(None)
+    door = WebSocketRoute(SPLIT, worker) if isinstance(worker, Split) else Path(HALF, worker, methods=["POST"])
     return Starlette(
         routes=[
-            WebSocketRoute(SPLIT, split),
+            door,
             Path("/edgewise/bytes", Bytes(limits, Crowd(limits.in_flight)), methods=["GET", "POST"]),
             Path("/livez", health.live, methods=["GET"]),
             Path("/readyz", health.ready, methods=["GET"]),
         ],
         middleware=guards(keys),
         exception_handlers={HTTPException: answer_error, Exception: answer_error},
-        lifespan=_closing(split),
+        lifespan=_closing(worker),
     )
 
 

@@ -14,13 +14,16 @@ from edgewise.serve.errors import failure_of
 from edgewise.serve.exchange import Exchange, Limits, read_body
 from edgewise.split.halves import BackHalf
 
+HALF = "/edgewise/half"
+
 
 class Half:
     """The ASGI app behind the path: a body of features in, one of outputs back. What a client costs is bounded as on
-    the paths for text, and it takes one of their places meanwhile; answers are computed `at_once` at a time."""
+    the paths for text; answers are computed `at_once` at a time."""
 
-    def __init__(self, half: BackHalf, limits: Limits, crowd: Crowd, *, at_once: int = 1) -> None:
-        self._half, self._limits, self._crowd = half, limits, crowd
+    def __init__(self, half: BackHalf, limits: Limits | None = None, *, at_once: int = 1) -> None:
+        self._half, self._limits = half, limits or Limits()
+        self._crowd = Crowd(self._limits.in_flight)
         self._turn = asyncio.Semaphore(at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
