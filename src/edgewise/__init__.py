@@ -4,15 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from edgewise.compress.trainer import DistillationTrainer
     from edgewise.devices.views import EdgeGPUSpecs, benchmarks, edge_chips
     from edgewise.joint.inference import JointInference
     from edgewise.split.inference import LayerSplitInference
 
-__all__ = ["EdgeGPUSpecs", "JointInference", "LayerSplitInference", "__version__", "benchmarks", "edge_chips"]
+__all__ = [
+    "DistillationTrainer",
+    "EdgeGPUSpecs",
+    "JointInference",
+    "LayerSplitInference",
+    "__version__",
+    "benchmarks",
+    "edge_chips",
+]
 __version__ = "0.1.0"
 
 # Loaded when first used, so that `import edgewise` stays light.
 _DOORS = {
+    "DistillationTrainer": "edgewise.compress.trainer",
     "EdgeGPUSpecs": "edgewise.devices.views",
     "JointInference": "edgewise.joint.inference",
     "LayerSplitInference": "edgewise.split.inference",

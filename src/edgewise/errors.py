@@ -14,13 +14,18 @@
     │   ├── LicenceError        terms must be accepted first
     │   └── BundleError         a bundle is incomplete or not of our format
     │       └── HashMismatch    a file's bytes are not the ones in the manifest
+    ├── OverBudget              nothing that was allowed is small enough
     ├── MissingExtra            an optional library is not installed
+    ├── StorageError            a file could not be written: the disk is full, or closed to us
     ├── EngineError             a running engine could not do the work
     │   ├── GapError            a row starts beyond the end of its session's KV
     │   ├── Overloaded          every slot and the queue are taken
     │   ├── EngineClosed        close() was called
     │   ├── CodecOverflow       a boundary holds a number that its codec cannot carry
     │   └── DeadlineExceeded    the request's time is up
+    ├── TrainingError           a training run cannot go on; its last checkpoint stays
+    │   ├── Diverged            the loss is no number any more
+    │   └── CheckpointError     a checkpoint cannot be written or read
     └── RemoteError             another tier did not deliver
         ├── Unreachable         no connection, or it broke
         ├── RemoteTimeout       connected, but silent for too long
@@ -123,6 +128,10 @@ class HashMismatch(BundleError):
     """A file's bytes are not the ones that the manifest promises."""
 
 
+class OverBudget(EdgewiseError):
+    """Nothing that was allowed is small enough: the answer is no."""
+
+
 class MissingExtra(EdgewiseError):
     """An optional library is not installed; the hint is its `pip install` line."""
 
@@ -132,6 +141,10 @@ class MissingExtra(EdgewiseError):
             hint=f"pip install 'edgewise[{extra}]'",
         )
         self.extra = extra
+
+
+class StorageError(EdgewiseError):
+    """A file could not be written; what was there before is as it was."""
 
 
 class EngineError(EdgewiseError):
@@ -166,6 +179,18 @@ class CodecOverflow(EngineError):
 
 class DeadlineExceeded(EngineError):
     """The request's time is up."""
+
+
+class TrainingError(EdgewiseError):
+    """A training run cannot go on; its last checkpoint stays."""
+
+
+class Diverged(TrainingError):
+    """The loss, or its gradient, is infinite or no number."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint, or what stands beside it, cannot be written or read."""
 
 
 class RemoteError(EdgewiseError):
