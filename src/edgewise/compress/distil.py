@@ -1,0 +1,242 @@
+"""A distillation from its config to a student with a card; torch comes in with loop.py and student.py.
+
+Each piece is kept in the output and found again: a run that was killed goes on where it was, whichever piece that was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from edgewise.compress import report
+from edgewise.compress.answers import prompts_of, written
+from edgewise.compress.config import Config
+from edgewise.compress.corpus import Corpus, build
+from edgewise.compress.documents import Document, Encoder, Gathered, gathered
+from edgewise.compress.hf_weights import HfWeights, of
+from edgewise.compress.kept import kept_ids
+from edgewise.compress.loop import LOG, Lessons, Tell, Trained, train
+from edgewise.compress.student import made, saved
+from edgewise.compress.teacher import Taught, teach
+from edgewise.compress.tokenizer_files import TokenizerFiles
+from edgewise.compress.vocabulary import Vocabulary, counted, pruned
+from edgewise.engines.decode import Decoder
+from edgewise.engines.load import loaded
+from edgewise.errors import UsageError
+from edgewise.models.bundle import MANIFEST, Bundle
+from edgewise.models.download import Progress
+from edgewise.models.source import pull
+from edgewise.models.store import bundles_dir, find
+from edgewise.types import IdArray
+
+AT_ONCE: Final = 8  # answers that the teacher writes side by side
+PATIENCE: Final = timedelta(days=7)  # of processes that wait for the one that asks the teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """`student` is a Hugging Face directory."""
+
+    student: Path
+    parameters: int
+    trained: Trained
+    corpus: Corpus
+
+
+def distil(config: Config, *, home: Path, resume: bool, progress: Progress, tell: Tell, command: str) -> Distilled:
+    """Gather the text, ask the teacher, make the student, train it, and save it with its card to `config.output`.
+    `home` is where bundles are. Raises what the pieces raise: UsageError, SourceError, StorageError, Diverged,
+    CheckpointError and whatever a bundle cannot be read for."""
+    state = PartialState(timeout=PATIENCE)
+    with state.main_process_first():
+        ready = _prepare(config, home, progress, first=state.is_main_process)
+    model = _student(config, ready)
+    output = Path(config.output)
+    trained = train(model, ready.lessons, config, output, resume=resume, progress=progress, tell=tell)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if state.is_main_process:
+        _save(config, ready, model, parameters, trained, command)
+    state.wait_for_everyone()
+    return Distilled(output / "student", parameters, trained, ready.corpus)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """All that the training needs. `kept`: the teacher's ids of the student's tokens, None for all."""
+
+    weights: HfWeights
+    tokenizer: TokenizerFiles
+    kept: IdArray | None
+    corpus: Corpus
+    lessons: Lessons
+
+
+def _prepare(config: Config, home: Path, progress: Progress, *, first: bool) -> _Ready:
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    bundle = _teacher(config.teacher, home, output, progress, first=first)
+    weights = of(bundle if _is_bundle(config.teacher, bundle) else Path(config.teacher))
+    answers = _answers(config, bundle, output, progress)
+    tokenizer, kept = _vocabulary(config, weights, answers, progress)
+    encoder = Encoder.of(tokenizer)
+    found = _gathered(config, answers)
+    data = config.data
+    corpus = build(
+        found.sources,
+        encoder,
+        output / "corpus",
+        end=encoder.end,
+        length=data.length,
+        held_out=data.held_out,
+        limit_tokens=data.limit_tokens,
+        recipe=f"{found.digest} {encoder.digest}",
+        tell=progress,
+    )
+    return _Ready(weights, tokenizer, kept, corpus, _lessons(config, bundle, corpus, kept, progress))
+
+
+def _is_bundle(teacher: str, bundle: Bundle) -> bool:
+    """Whether the config names the bundle itself, and not the file or directory that it was made of."""
+    return not Path(teacher).exists() or bundle.path == Path(teacher)
+
+
+def _teacher(name: str, home: Path, output: Path, progress: Progress, *, first: bool) -> Bundle:
+    """The bundle that answers for the teacher; of a model's own files one is made in the output."""
+    path = Path(name)
+    if not path.exists() or (path / MANIFEST).is_file():
+        return find(name, home, check=False)
+    place = output / "teacher"
+    if first:
+        return pull(name, home=place, name="teacher", progress=progress)
+    return Bundle.open(bundles_dir(place) / "teacher", check=False)
+
+
+def _answers(config: Config, bundle: Bundle, output: Path, progress: Progress) -> Path | None:
+    """What the teacher writes itself, if it is to."""
+    wanted = config.data.generate
+    if wanted is None:
+        return None
+    file = output / "answers.jsonl"
+    model, tokenizer = loaded(bundle, slots=AT_ONCE)
+    generator = Decoder(model, tokenizer, name=bundle.name)
+    try:
+        return written(
+            generator,
+            prompts_of(Path(wanted.prompts)),
+            file,
+            count=wanted.count,
+            at_once=AT_ONCE,
+            chats=tokenizer.chats,
+            max_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+            seed=wanted.seed,
+            tell=progress,
+        )
+    finally:
+        asyncio.run(generator.close())
+
+
+def _gathered(config: Config, answers: Path | None) -> Gathered:
+    data = config.data
+    fields = (data.field,) if isinstance(data.field, str) else data.field
+    return gathered(text=data.text, jsonl=data.jsonl, fields=fields, hub=data.hub, answers=answers)
+
+
+def _vocabulary(
+    config: Config, weights: HfWeights, answers: Path | None, progress: Progress
+) -> tuple[TokenizerFiles, IdArray | None]:
+    """The student's tokenizer, and which of the teacher's tokens its tokens are."""
+    if config.student.start not in ("teacher", "scratch"):
+        tokenizer = of(Path(config.student.start)).tokenizer
+        return tokenizer, kept_ids(tokenizer.opened(), weights.tokenizer.opened())
+    size = config.student.vocabulary
+    if size is None or size >= weights.tokenizer.config.vocabulary:
+        return weights.tokenizer, None
+    progress("counting tokens", 0, 1)
+    texts = _texts(itertools.chain(*_gathered(config, answers).sources.values()))
+    found: Vocabulary = pruned(weights.tokenizer, counted(weights.tokenizer, texts), size)
+    progress("counting tokens", 1, 1)
+    return found.files, found.kept
+
+
+def _texts(documents: Iterator[Document]) -> Iterator[str]:
+    for document in documents:
+        yield from (text for text in (document.prompt, document.text) if text)
+
+
+def _lessons(config: Config, bundle: Bundle, corpus: Corpus, kept: IdArray | None, progress: Progress) -> Lessons:
+    """The teacher is asked about what is held out in any case; about the rest, unless the text alone teaches."""
+    output, loss = Path(config.output), config.loss
+    vocabulary = bundle.card.vocab if kept is None else len(kept)
+
+    def told(rows: Any, name: str) -> Taught:
+        return teach(bundle, rows, min(loss.top_k, vocabulary), output / "taught" / name, progress, kept=kept)
+
+    taught = told(corpus.train, "train") if loss.alpha else None
+    chosen = b"" if kept is None else np.ascontiguousarray(kept, "<i8").tobytes()
+    digest = hashlib.sha256(f"{corpus.digest} {bundle.weights} ".encode() + chosen).hexdigest()
+    return Lessons(corpus.train, corpus.held_out, taught, told(corpus.held_out, "held_out"), digest)
+
+
+def _student(config: Config, ready: _Ready) -> PreTrainedModel:
+    """UsageError if it has another vocabulary than its tokenizer."""
+    wanted = config.student
+    layers = list(wanted.layers) if isinstance(wanted.layers, tuple) else wanted.layers
+    model = made(
+        ready.weights,
+        start=wanted.start,
+        layers=layers,
+        kept=ready.kept,
+        hidden=wanted.hidden,
+        ffn=wanted.ffn,
+        seed=config.train.seed,
+    )
+    most, size = int(max(ready.corpus.train.max(), ready.corpus.held_out.max())), int(model.config.vocab_size)
+    if size != ready.tokenizer.config.vocabulary or most >= size:
+        raise UsageError(
+            f"the student has {size} tokens, its tokenizer {ready.tokenizer.config.vocabulary}",
+            hint="both need one vocabulary",
+        )
+    model.config.use_cache = False  # nothing is read twice
+    return model
+
+
+def _save(
+    config: Config, ready: _Ready, model: PreTrainedModel, parameters: int, trained: Trained, command: str
+) -> None:
+    model.config.use_cache = True
+    output, corpus = Path(config.output), ready.corpus.facts
+    directory = saved(
+        model, ready.tokenizer, output / "student", licence=ready.weights.licence, notices=ready.weights.notices
+    )
+    plots = {
+        report.LOSS: report.loss_plot(config.name, trained.log),
+        report.AGREEMENT: report.agreement_plot(config.name, trained.log),
+    }
+    drawn = {name: plot for name, plot in plots.items() if plot is not None}
+    for name, plot in drawn.items():
+        (directory / name).write_text(plot, encoding="utf-8")
+    facts = report.Facts(
+        teacher=ready.weights.name,
+        licence=ready.weights.licence,
+        parameters=parameters,
+        vocabulary=ready.tokenizer.config.vocabulary,
+        documents=corpus.documents,
+        rows=corpus.rows,
+        held_out_rows=corpus.held_out_rows,
+        sources=corpus.sources,
+        command=command,
+    )
+    (directory / "README.md").write_text(report.card(config, facts, trained.log, list(drawn)), encoding="utf-8")
+    shutil.copyfile(output / LOG, directory / LOG)

@@ -1,0 +1,175 @@
+"""A distillation from its config to a bundle that answers, with tiny models and every piece real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from edgewise.cli.distill import distill
+from edgewise.cli.options import Run
+from edgewise.compress import checkpoint
+from edgewise.errors import UsageError
+from edgewise.models.licence import declared
+from edgewise.models.source import pull
+from tiny import byte_tokenizer, save_hf, tiny
+
+CONFIG = """
+name = "tiny-student"
+teacher = "teacher"
+output = "out"
+[data]
+text = ["text.txt"]
+jsonl = ["pairs.jsonl"]
+field = ["prompt", "completion"]
+length = 32
+held_out = 0.2
+[data.generate]
+prompts = "prompts.txt"
+count = 12
+max_tokens = 8
+[student]
+layers = 2
+vocabulary = 300
+[loss]
+temperature = 2.0
+top_k = 16
+[train]
+tokens = 1024
+batch = 2
+accumulate = 2
+lr = 0.003
+evaluations = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("distil")
+    save_hf(tiny("llama"), place / "teacher")
+    (place / "teacher/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (place / "teacher/LICENSE").write_text("the terms")
+    paragraphs = (f"the cab {n} of a bed is a fee in the age of a gig, had be {n * n} a code bad" for n in range(60))
+    (place / "text.txt").write_text("\n\n".join(paragraphs))
+    pairs = ({"prompt": f"how big is cab {n}", "completion": f"as big as a bed of {n + 3}"} for n in range(20))
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (place / "prompts.txt").write_text("a big cab\nbe a good bee\nhe had a deed\n")
+    (place / "distil.toml").write_text(CONFIG)
+    return place
+
+
+def distilled(config: Path, *flags: str) -> dict[str, Any]:
+    """The verb's JSON; errors come out as they are."""
+    app = typer.Typer()
+    app.command()(distill)
+    done = CliRunner().invoke(app, [str(config), "--json", *flags], obj=Run(), standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    if done.return_value:
+        raise typer.Exit(done.return_value)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def first(place: Path) -> dict[str, Any]:
+    return distilled(place / "distil.toml")
+
+
+def test_a_config_becomes_a_student(place: Path, first: dict[str, Any]) -> None:
+    assert (first["name"], first["steps"], first["tokens"], first["resumed_from"]) == ("tiny-student", 8, 1024, None)
+    assert first["held_out"]["loss"] < first["held_out_before"]["loss"]
+    student = AutoModelForCausalLM.from_pretrained(place / "out/student")
+    assert (student.config.num_hidden_layers, student.config.vocab_size) == (2, 300)
+    assert student.config.use_cache
+    assert first["parameters"] == sum(parameter.numel() for parameter in student.parameters())
+
+
+def test_the_students_directory_tells_its_story(place: Path, first: dict[str, Any]) -> None:
+    student = place / "out/student"
+    card = (student / "README.md").read_text()
+    assert declared(student) == "apache-2.0"
+    assert (student / "LICENSE").read_text() == "the terms"
+    assert f"{first['held_out']['top1_agreement']:.4f}" in card
+    assert "1,024 tokens seen" in card
+    assert "0.5 · 2² · KL to the teacher's 16 most probable tokens at T = 2" in card
+    assert str(place) not in card
+    assert "answers.jsonl" in card
+    log = [json.loads(line) for line in (student / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
+    assert "<svg" in (student / "loss.svg").read_text()
+    assert "agreement with its teacher" in (student / "agreement.svg").read_text()
+
+
+def test_a_bundle_can_be_made_of_it(place: Path, first: dict[str, Any]) -> None:
+    bundle = pull(first["student"], home=place / "home", requantize="int8", name="tiny-student")
+    assert bundle.card.vocab == 300
+    assert bundle.manifest.licence["id"] == "apache-2.0"
+
+
+def test_it_is_done_only_once(place: Path, first: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="holds a run already"):
+        distilled(place / "distil.toml")
+    again = distilled(place / "distil.toml", "--resume")
+    assert again == first | {"resumed_from": "step-00000008.safetensors"}
+
+
+def test_other_data_under_a_checkpoint_is_refused(place: Path, first: dict[str, Any]) -> None:
+    text = place / "text.txt"
+    before = text.read_text()
+    text.write_text(before.replace("cab", "cub"))
+    try:
+        with pytest.raises(UsageError):
+            distilled(place / "distil.toml", "--resume")
+    finally:
+        text.write_text(before)
+    assert checkpoint.latest(place / "out/checkpoints") is not None
+
+
+def test_cross_entropy_alone_sees_the_same_tokens(place: Path, first: dict[str, Any]) -> None:
+    """The baseline: another alpha and nothing else. No teacher is asked about what is trained on."""
+    config = place / "alone.toml"
+    config.write_text(CONFIG.replace('"out"', '"alone"').replace("[loss]", "[loss]\nalpha = 0.0"))
+    alone = distilled(config)
+    assert (alone["tokens"], alone["rows"]) == (first["tokens"], first["rows"])
+    assert alone["held_out_before"]["kl"] == pytest.approx(first["held_out_before"]["kl"], rel=1e-6)
+    assert not (place / "alone/taught/train").exists()
+    assert (place / "alone/taught/held_out").is_dir()
+    assert "cross-entropy with the text alone" in (place / "alone/student/README.md").read_text()
+
+
+def test_a_student_of_another_vocabulary_is_refused(place: Path) -> None:
+    strange = tiny("llama", vocab_size=64)
+    save_hf(strange, place / "strange")
+    config = place / "strange.toml"
+    config.write_text(
+        CONFIG.replace('"out"', '"strange-out"')
+        .replace("vocabulary = 300", 'start = "strange"')
+        .replace("layers = 2", "")
+    )
+    with pytest.raises(Exception, match=r"64|vocabular") as refusal:
+        distilled(config)
+    assert byte_tokenizer().get_vocab_size() == 320
+    assert "320" in str(refusal.value)
+
+
+def test_a_diverging_run_says_no(place: Path) -> None:
+    config = place / "hot.toml"
+    config.write_text(CONFIG.replace('"out"', '"hot"').replace("lr = 0.003", "lr = 1.0\nclip = 1e9"))
+    strange = tiny("llama", num_hidden_layers=1)
+    with torch.no_grad():
+        strange.lm_head.weight.fill_(1e38)
+    save_hf(strange, place / "broken")
+    config.write_text(
+        CONFIG.replace('"out"', '"hot"').replace("vocabulary = 300", 'start = "broken"').replace("layers = 2", "")
+    )
+    with pytest.raises(typer.Exit) as end:
+        distilled(config)
+    assert end.value.exit_code == 1
+    assert not (place / "hot/student").exists()
