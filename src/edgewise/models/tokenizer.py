@@ -92,9 +92,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text. Special tokens written out in it become their ids; BOS and EOS are added if the model
         says so. RequestError for text that is not Unicode (a lone surrogate)."""
-        before = [self._config.bos] if self._config.add_bos and self._config.bos is not None else []
         after = [self._config.eos] if self._config.add_eos and self._config.eos is not None else []
-        return before + self._ids(text) + after
+        return [*self.start_ids, *self._ids(text), *after]
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation in the model's own form, up to where the answer begins, with BOS at most once.
@@ -110,12 +109,30 @@ class Tokenizer:
         bos = self._config.bos
         return [bos, *ids] if self._config.add_bos and bos is not None and ids[:1] != [bos] else ids
 
+    def continued(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another one: as `encode`, without BOS and EOS."""
+        return self._ids(text)
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What `encode` begins every text with: BOS, or nothing."""
+        return (self._config.bos,) if self._config.add_bos and self._config.bos is not None else ()
+
+    @property
+    def chats(self) -> bool:
+        """Whether `chat` has a form for conversations. ModelError if the template cannot be compiled."""
+        return self._template is not None
+
+    def piece(self, token_id: int) -> str | None:
+        """How the vocabulary writes the token; None for ids without one."""
+        return self._core.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a generated token adds to the answer, perhaps a part of a character; b"" for control tokens
         and for ids without a token (models often have more logits than tokens)."""
         if token_id in self._added:
             return self._added[token_id]
-        text = self._core.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        text = self.piece(token_id)
         if text is None:
             return b""
         return _byte_level(text) if self._config.pieces == "byte_level" else self._plain(text)
