@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +66,7 @@ def pull(
     recipe = Recipe(requantize or "exact", activations, layers_per_block)
     model = open_source(fetched.path)
     model.check()
-    licence = _licence(model, fetched.licence, accept_licence)
+    licence = licence_of(model, fetched.licence, accept_licence)
     with making(name, home) as work:
         write_bundle(
             model,
@@ -105,9 +105,10 @@ def write_bundle(
     licence: dict[str, Any],
     notices: Path | None,
     progress: Progress,
+    quantized: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all files of a bundle into a new directory, the manifest last. `notices` is the directory whose licence
-    files the bundle carries."""
+    files the bundle carries, `quantized` what its manifest says of weights that were quantized before."""
     blocks = directory / "blocks"
     blocks.mkdir(parents=True)
     model.write_tokenizer(directory)
@@ -122,7 +123,12 @@ def write_bundle(
         graphs=graphs,
         source={"kind": model.kind, **origin},
         licence=licence,
-        quantization={"source": dict(model.types), "weights": recipe.weights, "activations": recipe.activations},
+        quantization={
+            "source": dict(model.types),
+            "weights": recipe.weights,
+            "activations": recipe.activations,
+            **(quantized or {}),
+        },
         parity={},
         tools={"edgewise": version("edgewise"), "onnx": version("onnx"), "python": platform.python_version()},
     )
@@ -167,7 +173,7 @@ def _reweigh(layer: Layer, weigh: Callable[[Matrix], Matrix]) -> Layer:
     )
 
 
-def _licence(model: ModelSource, known: str | None, accepted: bool) -> dict[str, Any]:
+def licence_of(model: ModelSource, known: str | None, accepted: bool) -> dict[str, Any]:
     """Terms that ask for more than attribution must be accepted by name; one that declares none is the user's own."""
     licence = known or model.licence_id
     if licence is not None and not is_permissive(licence) and not accepted:

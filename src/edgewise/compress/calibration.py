@@ -1,0 +1,77 @@
+"""Windows of token ids that matrices are rounded for: of a text, or written by the model itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import numpy as np
+
+from edgewise.compress.mixed import Show
+from edgewise.engines.base import Row
+from edgewise.engines.local import LocalModel
+from edgewise.errors import UsageError
+from edgewise.models.tokenizer import Tokenizer
+from edgewise.types import FloatArray, IdArray
+
+AT_ONCE: Final = 16  # windows that are written side by side
+SEED: Final = 0
+
+
+def of_text(tokenizer: Tokenizer, text: str, windows: int, length: int) -> tuple[IdArray, IdArray]:
+    """int64 [n, length] each: at most so many windows, spread evenly over the text, and at most as many of the others,
+    for judging what came of it; each begins with the token that the model's texts begin with, if there is one.
+    UsageError if the text has not two windows."""
+    begin = tokenizer.encode("")[:1]
+    ids, step = tokenizer.encode(text)[len(begin) :], length - len(begin)
+    there = np.array([[*begin, *ids[at : at + step]] for at in range(0, len(ids) - step + 1, step)], np.int64)
+    if len(there) < 2:
+        raise UsageError(
+            f"the text has {len(ids)} tokens; two windows of {step} are needed at least",
+            hint="take a longer text, or a smaller length in a recipe's [calibration]",
+        )
+    return _spread(there[0::2], windows), _spread(there[1::2], windows)
+
+
+def _spread(windows: IdArray, count: int) -> IdArray:
+    if len(windows) <= count:
+        return windows
+    return np.asarray(windows[np.linspace(0, len(windows) - 1, count).round().astype(int)])
+
+
+def written(model: LocalModel[Any], tokenizer: Tokenizer, windows: int, length: int, show: Show) -> IdArray:
+    """int64 [windows, length]: drawn from the model's own distribution at temperature 1, each beginning with the token
+    that its texts begin with, and another of its vocabulary. The model must have AT_ONCE slots and a context of
+    `length`."""
+    return asyncio.run(_written(model, tokenizer, windows, length, show))
+
+
+async def _written(model: LocalModel[Any], tokenizer: Tokenizer, windows: int, length: int, show: Show) -> IdArray:
+    drawn = np.random.default_rng(SEED)
+    begin = tokenizer.encode("")[:1]
+    ids = np.empty((windows, length), np.int64)
+    ids[:, : len(begin)] = begin
+    ids[:, len(begin)] = drawn.integers(model.vocab, size=windows)
+    for first in range(0, windows, AT_ONCE):
+        some = ids[first : first + AT_ONCE]  # a view
+        show("the model writes its calibration text", first, windows)
+        for n in range(len(some)):
+            await model.open(str(n), length)
+        start = 0
+        for at in range(len(begin) + 1, length):
+            found = await model.forward([Row(str(n), start, row[start:at]) for n, row in enumerate(some)])
+            some[:, at] = _draw(np.concatenate(found), drawn)
+            start = at
+        for n in range(len(some)):
+            await model.close(str(n))
+    show("the model writes its calibration text", windows, windows)
+    return ids
+
+
+def _draw(logits: FloatArray, drawn: np.random.Generator) -> IdArray:
+    """One id per row, by its probability (the Gumbel trick)."""
+    noise = drawn.random(logits.shape, np.float32)
+    np.log(np.maximum(noise, np.finfo(np.float32).tiny), out=noise)
+    np.negative(noise, out=noise)
+    np.log(np.maximum(noise, np.finfo(np.float32).tiny), out=noise)
+    return np.asarray((logits - noise).argmax(axis=1), np.int64)
