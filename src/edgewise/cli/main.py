@@ -22,11 +22,15 @@ from edgewise.cli import (
     cloud,
     config,
     devices,
+    distill,
     doctor,
+    evaluate,
     list,
     plan,
     profile,
     pull,
+    quantize,
+    record,
     replay,
     rm,
     serve,
@@ -37,13 +41,24 @@ from edgewise.cli import (
 )
 from edgewise.cli.options import Run
 from edgewise.cli.output import note
-from edgewise.errors import EdgewiseError, GapError, LicenceError, RequestError, UnknownModel, UsageError
+from edgewise.errors import (
+    Diverged,
+    EdgewiseError,
+    GapError,
+    LicenceError,
+    OverBudget,
+    RequestError,
+    UnknownModel,
+    UsageError,
+)
 
 DONE, NO, WRONG_USE, OUTSIDE, OWN_BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
 
 # The first class that fits decides.
 EXIT_CODES: tuple[tuple[type[EdgewiseError], int], ...] = (
     (LicenceError, NO),
+    (OverBudget, NO),
+    (Diverged, NO),
     (UnknownModel, OUTSIDE),
     (UsageError, WRONG_USE),
     (RequestError, WRONG_USE),
@@ -70,6 +85,10 @@ app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
 app.command("cloud")(cloud.cloud)
 app.command("profile")(profile.profile)
+app.command("distill")(distill.distill)
+app.command("quantize")(quantize.quantize)
+app.command("evaluate")(evaluate.evaluate)
+app.command("record")(record.record)
 app.command("calibrate")(calibrate.calibrate)
 app.command("replay")(replay.replay)
 app.command("plan")(plan.plan)
