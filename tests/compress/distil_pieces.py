@@ -101,4 +101,7 @@ def run(directory: Path, *, resume: bool = False, model: nn.Module | None = None
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), resume=True, **msgspec.json.decode(sys.argv[2]))
+    settings = msgspec.json.decode(sys.argv[2])
+    model = Small()
+    model.dropout.p = settings.pop("dropout", model.dropout.p)
+    run(Path(sys.argv[1]), resume=True, model=model, **settings)

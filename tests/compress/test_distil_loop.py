@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +138,34 @@ def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
         )
         logs.append([line["loss"] for line in steps_of(found.log)])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_two_processes_go_the_way_of_one(tmp_path: Path) -> None:
+    """Each takes half of the rows; the weights that come out are those of one process with all of them."""
+    settings = {"tokens": 4 * 8 * LENGTH, "dropout": 0.0}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = [sys.executable, Path(__file__).with_name("distil_pieces.py"), tmp_path / "two"]
+    processes = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **place, "ACCELERATE_USE_CPU": "true"}
+        half = msgspec.json.encode(settings | {"batch": 2}).decode()
+        processes.append(subprocess.Popen([*program, half], env=environment))
+    assert [process.wait(120) for process in processes] == [0, 0]
+    alone = Small()
+    alone.dropout.p = 0.0
+    found = run(tmp_path / "one", model=alone, tokens=settings["tokens"])
+    two = [msgspec.json.decode(line) for line in lines_of(tmp_path / "two")]
+    assert len(two) == len(found.log)
+    assert [line["loss"] for line in steps_of(two)] == pytest.approx([line["loss"] for line in steps_of(found.log)])
+    together, model = checkpoint.latest(tmp_path / "two/checkpoints"), Small(seed=1)
+    assert together is not None
+    assert checkpoint.read_state(together).facts["processes"] == 2
+    checkpoint.load(together, model, adamw(model, Train(tokens=1)))
+    for mine, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_without_alpha_the_text_alone_teaches(tmp_path: Path) -> None:

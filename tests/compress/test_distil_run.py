@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from edgewise.cli.distill import distill
-from edgewise.cli.options import Run
+from edgewise.cli.main import run
 from edgewise.compress import checkpoint
-from edgewise.errors import UsageError
 from edgewise.models.licence import declared
 from edgewise.models.source import pull
-from tiny import byte_tokenizer, save_hf, tiny
+from tiny import VOCAB, save_hf, tiny
 
 CONFIG = """
 name = "tiny-student"
@@ -65,16 +65,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distilled(config: Path, *flags: str) -> dict[str, Any]:
-    """The verb's JSON; errors come out as they are."""
-    app = typer.Typer()
-    app.command()(distill)
-    done = CliRunner().invoke(app, [str(config), "--json", *flags], obj=Run(), standalone_mode=False)
-    if done.exception is not None:
-        raise done.exception
-    if done.return_value:
-        raise typer.Exit(done.return_value)
-    found: dict[str, Any] = json.loads(done.stdout)
+    """The verb's JSON. Refused with the exit code and what was said."""
+    said, told = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(told):
+        code = run(["distill", str(config), "--json", *flags])
+    if code:
+        assert not said.getvalue()
+        raise Refused(code, told.getvalue())
+    found: dict[str, Any] = json.loads(said.getvalue())
     return found
+
+
+class Refused(Exception):
+    """Exit code and words."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def test_a_bundle_can_be_made_of_it(place: Path, first: dict[str, Any]) -> None:
 
 
 def test_it_is_done_only_once(place: Path, first: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(Refused, match=r"\(2, .*holds a run already"):
         distilled(place / "distil.toml")
     again = distilled(place / "distil.toml", "--resume")
     assert again == first | {"resumed_from": "step-00000008.safetensors"}
@@ -125,7 +128,7 @@ def test_other_data_under_a_checkpoint_is_refused(place: Path, first: dict[str, 
     before = text.read_text()
     text.write_text(before.replace("cab", "cub"))
     try:
-        with pytest.raises(UsageError):
+        with pytest.raises(Refused, match=r"\(2, .*other rows"):
             distilled(place / "distil.toml", "--resume")
     finally:
         text.write_text(before)
@@ -145,31 +148,54 @@ def test_cross_entropy_alone_sees_the_same_tokens(place: Path, first: dict[str, 
 
 
 def test_a_student_of_another_vocabulary_is_refused(place: Path) -> None:
-    strange = tiny("llama", vocab_size=64)
-    save_hf(strange, place / "strange")
-    config = place / "strange.toml"
-    config.write_text(
-        CONFIG.replace('"out"', '"strange-out"')
-        .replace("vocabulary = 300", 'start = "strange"')
-        .replace("layers = 2", "")
-    )
-    with pytest.raises(Exception, match=r"64|vocabular") as refusal:
-        distilled(config)
-    assert byte_tokenizer().get_vocab_size() == 320
-    assert "320" in str(refusal.value)
+    save_hf(tiny("llama", vocab_size=VOCAB + 8), place / "strange")
+    with pytest.raises(Refused, match=rf"\(2, .*the student has {VOCAB + 8} tokens, its tokenizer {VOCAB}"):
+        distilled(started_from(place, "strange"))
 
 
 def test_a_diverging_run_says_no(place: Path) -> None:
-    config = place / "hot.toml"
-    config.write_text(CONFIG.replace('"out"', '"hot"').replace("lr = 0.003", "lr = 1.0\nclip = 1e9"))
-    strange = tiny("llama", num_hidden_layers=1)
+    broken = tiny("llama", num_hidden_layers=1)
     with torch.no_grad():
-        strange.lm_head.weight.fill_(1e38)
-    save_hf(strange, place / "broken")
-    config.write_text(
-        CONFIG.replace('"out"', '"hot"').replace("vocabulary = 300", 'start = "broken"').replace("layers = 2", "")
-    )
-    with pytest.raises(typer.Exit) as end:
+        broken.lm_head.weight.fill_(1e38)
+    save_hf(broken, place / "broken")
+    with pytest.raises(Refused, match=r"\(1, .*has (loss|gradient_norm) (nan|inf).*no checkpoint yet"):
+        distilled(started_from(place, "broken"))
+    assert not (place / "of-broken/student").exists()
+
+
+def started_from(place: Path, start: str) -> Path:
+    config = place / f"of-{start}.toml"
+    text = CONFIG.replace('"out"', f'"of-{start}"').replace("layers = 2", "")
+    config.write_text(text.replace("vocabulary = 300", f'start = "{start}"'))
+    return config
+
+
+def test_a_bad_config_is_refused_before_anything_begins(place: Path) -> None:
+    config = place / "bad.toml"
+    config.write_text(CONFIG.replace('"out"', '"never"').replace("lr = 0.003", "learning_rate = 0.003"))
+    with pytest.raises(Refused, match=r"\(2, .*'train.learning_rate'"):
         distilled(config)
-    assert end.value.exit_code == 1
-    assert not (place / "hot/student").exists()
+    config.write_text(CONFIG.replace('"out"', '"never"').replace('"text.txt"', '"none.txt"'))
+    with pytest.raises(Refused, match=r"\(2, .*none.txt"):
+        distilled(config)
+    assert not (place / "never").exists()
+    config.write_text(CONFIG.replace('"out"', '"never"').replace('"teacher"\noutput', '"nobody"\noutput'))
+    with pytest.raises(Refused, match=r"\(3, .*'nobody'"):
+        distilled(config)
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = place / "full.toml"
+    config.write_text(CONFIG.replace('"out"', '"full"').replace("[train]", "[train]\ncheckpoint_s = 1e-9"))
+    flush = os.fsync
+
+    def full(handle: int) -> None:
+        if "step-00000005" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Refused, match=r"\(3, .*the disk is full.*step-00000004"):
+        distilled(config)
+    monkeypatch.undo()
+    assert distilled(config, "--resume")["resumed_from"] == "step-00000004.safetensors"

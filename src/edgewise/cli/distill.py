@@ -10,7 +10,7 @@ import typer
 
 from edgewise.cli.options import Debug, Json
 from edgewise.cli.output import note, progress, result
-from edgewise.errors import Diverged, MissingExtra
+from edgewise.errors import MissingExtra
 
 if TYPE_CHECKING:
     from edgewise.compress.distil import Distilled
@@ -33,19 +33,17 @@ def distill(
         raise MissingExtra(missing, "distil")
     from edgewise.compress.distil import distil
 
-    try:
-        with progress() as show:
-            found = distil(
-                wanted,
-                home=load().settings.home,
-                resume=resume,
-                progress=show,
-                tell=note,
-                command=f"edgewise distill {config.name}",
-            )
-    except Diverged as error:
-        note(" ".join(str(error).split()))
-        raise typer.Exit(1) from error
+    with progress() as show:
+        found = distil(
+            wanted,
+            home=load().settings.home,
+            resume=resume,
+            progress=show,
+            tell=note,
+            command=f"edgewise distill {config.name}",
+        )
+    if not found.first:
+        return
     facts = _facts(wanted.name, found)
     result(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), as_json=json)
 

@@ -46,8 +46,9 @@ PATIENCE: Final = timedelta(days=7)  # of processes that wait for the one that a
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """`student` is a Hugging Face directory."""
+    """`student` is a Hugging Face directory. `first` says whether this is the process that speaks for all."""
 
+    first: bool
     student: Path
     parameters: int
     trained: Trained
@@ -59,6 +60,7 @@ def distil(config: Config, *, home: Path, resume: bool, progress: Progress, tell
     `home` is where bundles are. Raises what the pieces raise: UsageError, SourceError, StorageError, Diverged,
     CheckpointError and whatever a bundle cannot be read for."""
     state = PartialState(timeout=PATIENCE)
+    progress = progress if state.is_main_process else _silent
     with state.main_process_first():
         ready = _prepare(config, home, progress, first=state.is_main_process)
     model = _student(config, ready)
@@ -68,7 +70,11 @@ def distil(config: Config, *, home: Path, resume: bool, progress: Progress, tell
     if state.is_main_process:
         _save(config, ready, model, parameters, trained, command)
     state.wait_for_everyone()
-    return Distilled(output / "student", parameters, trained, ready.corpus)
+    return Distilled(state.is_main_process, output / "student", parameters, trained, ready.corpus)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Of several processes one shows where they are."""
 
 
 @dataclass(frozen=True, slots=True)

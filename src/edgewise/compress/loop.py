@@ -95,7 +95,7 @@ def train(
     UsageError where there are checkpoints and they are not to be resumed, or are of another config, other data or
     another model; Diverged where the loss is no number any more; CheckpointError where the disk is full. The last
     checkpoint stays in each case."""
-    loop = _Loop(model, lessons, config, directory, tell)
+    loop = Loop(model, lessons, config, directory, tell)
     resumed_from = loop.begin(resume)
     for step in range(loop.done, loop.steps):
         loop.step(step)
@@ -135,7 +135,10 @@ def adamw(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=BETAS, fused=True)
 
 
-class _Loop:
+class Loop:
+    """One run. `train` drives it; whoever measures steps does it alike: `begin`, `step` for each number from `done` to
+    `steps`, `finish`."""
+
     def __init__(self, model: nn.Module, lessons: Lessons, config: Config, directory: Path, tell: Tell) -> None:
         self._lessons, self._config, self._tell = lessons, config, tell
         self._train, self._loss = config.train, config.loss
