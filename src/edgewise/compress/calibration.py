@@ -53,19 +53,24 @@ async def _written(model: LocalModel[Any], tokenizer: Tokenizer, windows: int, l
     ids[:, : len(begin)] = begin
     ids[:, len(begin)] = drawn.integers(model.vocab, size=windows)
     for first in range(0, windows, AT_ONCE):
-        some = ids[first : first + AT_ONCE]  # a view
         show("the model writes its calibration text", first, windows)
-        for n in range(len(some)):
-            await model.open(str(n), length)
-        start = 0
-        for at in range(len(begin) + 1, length):
-            found = await model.forward([Row(str(n), start, row[start:at]) for n, row in enumerate(some)])
-            some[:, at] = _draw(np.concatenate(found), drawn)
-            start = at
-        for n in range(len(some)):
-            await model.close(str(n))
+        await _write(model, ids[first : first + AT_ONCE], len(begin) + 1, drawn)
     show("the model writes its calibration text", windows, windows)
+    await model.shutdown()
     return ids
+
+
+async def _write(model: LocalModel[Any], ids: IdArray, first: int, drawn: np.random.Generator) -> None:
+    """Fill rows of ids [n, length] from the column `first` on."""
+    for n in range(len(ids)):
+        await model.open(str(n), ids.shape[1])
+    start = 0
+    for at in range(first, ids.shape[1]):
+        found = await model.forward([Row(str(n), start, row[start:at]) for n, row in enumerate(ids)])
+        ids[:, at] = _draw(np.concatenate(found), drawn)
+        start = at
+    for n in range(len(ids)):
+        await model.close(str(n))
 
 
 def _draw(logits: FloatArray, drawn: np.random.Generator) -> IdArray:

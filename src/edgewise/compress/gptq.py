@@ -37,7 +37,7 @@ class Settings:
 
     damping: float = 0.01
     sorted: bool = True
-    sweeps: int = 2
+    sweeps: int = 1
 
 
 class Hessian:
