@@ -86,8 +86,8 @@ class Train(Part, frozen=True):
     precision: Precision = "auto"
     seed: Seed = 0
     checkpoint_s: Annotated[float, Meta(gt=0.0, le=300.0)] = 300.0
-    evaluations: Annotated[int, Meta(ge=1, le=1000)] = 20
-    evaluation_rows: Count = 64
+    evaluations: Annotated[int, Meta(ge=1, le=1000)] = 10
+    evaluation_rows: Count = 32
 
 
 class Config(Part, frozen=True, kw_only=True):
