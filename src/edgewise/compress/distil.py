@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from edgewise.compress import report
 from edgewise.compress.answers import prompts_of, written
 from edgewise.compress.config import Config
 from edgewise.compress.corpus import Corpus, build
+from edgewise.compress.depth import needed_layers
 from edgewise.compress.documents import Document, Encoder, Gathered, gathered
 from edgewise.compress.hf_weights import HfWeights, of
 from edgewise.compress.kept import kept_ids
 from edgewise.compress.loop import LOG, Lessons, Tell, Trained, train
+from edgewise.compress.storing import storing
 from edgewise.compress.student import made, saved
 from edgewise.compress.teacher import Taught, teach
 from edgewise.compress.tokenizer_files import TokenizerFiles
@@ -40,6 +43,7 @@ from edgewise.models.source import pull
 from edgewise.models.store import bundles_dir, find
 from edgewise.types import IdArray
 
+READ: Final = 4  # rows that say which layers a teacher needs
 AT_ONCE: Final = 8  # answers that the teacher writes side by side
 PATIENCE: Final = timedelta(days=7)  # of processes that wait for the one that asks the teacher
 
@@ -79,11 +83,13 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """All that the training needs. `kept`: the teacher's ids of the student's tokens, None for all."""
+    """All that the training needs. `kept`: the teacher's ids of the student's tokens, None for all. `layers`: those
+    that the student begins with, or how many of its start's, None for all."""
 
     weights: HfWeights
     tokenizer: TokenizerFiles
     kept: IdArray | None
+    layers: int | list[int] | None
     corpus: Corpus
     lessons: Lessons
 
@@ -109,7 +115,8 @@ def _prepare(config: Config, home: Path, progress: Progress, *, first: bool) -> 
         recipe=f"{found.digest} {encoder.digest}",
         tell=progress,
     )
-    return _Ready(weights, tokenizer, kept, corpus, _lessons(config, bundle, corpus, kept, progress))
+    layers = _layers(config, bundle, corpus, kept, progress)
+    return _Ready(weights, tokenizer, kept, layers, corpus, _lessons(config, bundle, corpus, kept, progress))
 
 
 def _is_bundle(teacher: str, bundle: Bundle) -> bool:
@@ -181,6 +188,28 @@ def _texts(documents: Iterator[Document]) -> Iterator[str]:
         yield from (text for text in (document.prompt, document.text) if text)
 
 
+def _layers(
+    config: Config, bundle: Bundle, corpus: Corpus, kept: IdArray | None, progress: Progress
+) -> int | list[int] | None:
+    """Where a number of the teacher's layers is wanted, the ones that it needs most are looked for once, and kept
+    beside what they were found with."""
+    wanted = config.student.layers
+    if isinstance(wanted, tuple):
+        return list(wanted)
+    if wanted is None or config.student.start != "teacher":
+        return wanted
+    file = Path(config.output) / "layers.json"
+    call = {"teacher": bundle.weights, "corpus": corpus.digest, "count": wanted}
+    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8"))) | call == found:
+        layers: int | list[int] = found["layers"]
+        return layers
+    rows = corpus.train[:: max(1, len(corpus.train) // READ)][:READ].astype(np.int64)
+    layers = needed_layers(bundle, [row if kept is None else kept[row] for row in rows], wanted, progress) or wanted
+    with storing(file) as room:
+        room.write_text(json.dumps(call | {"layers": layers}), encoding="utf-8")
+    return layers
+
+
 def _lessons(config: Config, bundle: Bundle, corpus: Corpus, kept: IdArray | None, progress: Progress) -> Lessons:
     """The teacher is asked about what is held out in any case; about the rest, unless the text alone teaches."""
     output, loss = Path(config.output), config.loss
@@ -198,11 +227,10 @@ def _lessons(config: Config, bundle: Bundle, corpus: Corpus, kept: IdArray | Non
 def _student(config: Config, ready: _Ready) -> PreTrainedModel:
     """UsageError if it has another vocabulary than its tokenizer."""
     wanted = config.student
-    layers = list(wanted.layers) if isinstance(wanted.layers, tuple) else wanted.layers
     model = made(
         ready.weights,
         start=wanted.start,
-        layers=layers,
+        layers=ready.layers,
         kept=ready.kept,
         hidden=wanted.hidden,
         ffn=wanted.ffn,
