@@ -32,7 +32,7 @@ FACTS: Final = "taught.json"
 SHARD_TOKENS: Final = 1 << 14  # of a file, so that a killed process repeats seconds
 STEPS: Final = 2048  # of a nat: log-probabilities are whole numbers of such steps below 0, in 16 bits
 NOTHING: Final = (1 << 16) - 1  # stands for the log of 0, and for all below -32 nats
-TOGETHER: Final = 64  # positions whose best are looked for at once, by each thread
+TOGETHER: Final = 16  # positions whose best are looked for at once, by each thread: what they need stays in its cache
 Ints = npt.NDArray[np.int32]
 Codes = npt.NDArray[np.uint16]
 Tell = Callable[[str, int, int], None]
@@ -189,7 +189,9 @@ class _Asker:
         return found
 
     def _keep(self, logits: FloatArray, out: npt.NDArray[Any]) -> None:
-        best = best_of(logits if self._kept is None else np.take(logits, self._kept, axis=1), self._facts.k)
+        if self._kept is not None:
+            logits = np.take(logits, self._kept, axis=1, mode="clip")  # all are there; looking at each takes longer
+        best = best_of(logits, self._facts.k)
         out["ids"], out["logprobs"] = best.ids, np.minimum(_coded(best.logprobs), NOTHING - 1)
         out["rest"] = _coded(best.rest)
 
