@@ -27,7 +27,7 @@ from torch.nn import functional
 from edgewise.errors import UsageError
 
 IGNORED: Final = -100  # a label that is none, as torch and transformers have it
-CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 26  # looked at together: what a CPU's caches hold, what keeps a GPU busy
+CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 26  # looked at together: what a CPU's caches hold, what keeps a GPU busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,48 +82,112 @@ def distillation_loss(
     places = (targets != IGNORED).nonzero()[:, 0]
     count = len(places)
 
-    divisor = max(count, 1)
+    weights = _Weights(temperature, alpha, max(count, 1))
 
-    def objective(logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows [n, classes]: total, cross-entropy and KL, their shares of the mean over all real tokens."""
-        ce, kl = _sums(logits, _at(known, at), targets[at], temperature)
-        soft = alpha * temperature**2
-        total = ce if not soft else soft * kl if alpha == 1 else (1 - alpha) * ce + soft * kl
-        return total / divisor, ce / divisor, kl / divisor
+    def lose(logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        few = _at(known, at)
+        if isinstance(few, TopTokens):
+            return _against_top(logits, few, targets[at], weights)
+        return _against_all(logits, few, targets[at], weights)
 
-    total, parts = _OverRows.apply(student.reshape(-1, classes), places, objective)  # type: ignore[no-untyped-call]
-    return Losses(total, None if teacher is None else parts[2], parts[1], count)
+    logits = student.reshape(-1, classes)
+    total, parts = _OverRows.apply(logits, places, lose, weights)  # type: ignore[no-untyped-call]
+    return Losses(total, None if teacher is None else parts[1], parts[0], count)
 
 
-Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    temperature: float
+    alpha: float
+    count: int
+
+    @property
+    def text(self) -> float:
+        return 1 - self.alpha
+
+    def total(self, ce: Tensor, kl: Tensor) -> Tensor:
+        """A term of no weight stays away, even where it is infinite."""
+        soft = self.alpha * self.temperature**2
+        return ce if not soft else soft * kl if not self.text else self.text * ce + soft * kl
+
+
+Lose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # rows and their places: CE and KL sums, gradient
 
 
 class _OverRows(torch.autograd.Function):
-    """A sum over rows of logits, a few rows at a time, and its gradient on the way: of all that is computed nothing but
-    the gradient is as large as the logits, and what stands in a cache is read there again."""
+    """The loss of rows of logits, a few at a time, with its gradient in closed form on the way: of all that is computed
+    nothing but the gradient is as large as the logits, and what stands in a cache is read there again."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, places: Tensor, objective: Objective) -> Any:
-        """Of logits [rows, classes] at places int64 [n]: the sum of the first that `objective` gives, and of all."""
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(logits) if wanted else None
-        parts = torch.zeros(3, dtype=_precise(logits.dtype), device=logits.device)
+    def forward(ctx: Any, logits: Tensor, places: Tensor, lose: Lose, weights: _Weights) -> Any:
+        """Of logits [rows, classes] at places int64 [n]: the total, and cross-entropy and KL [2], all of them means."""
+        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        parts = torch.zeros(2, dtype=_precise(logits.dtype), device=logits.device)
         together = CPU_LOGITS if logits.device.type == "cpu" else GPU_LOGITS
         for at in torch.split(places, max(1, together // logits.shape[-1])):
-            with torch.set_grad_enabled(wanted):
-                few = logits.detach()[at].to(parts.dtype).requires_grad_(wanted)
-                total, *others = objective(few, at)
+            ce, kl, slope = lose(logits[at].to(parts.dtype), at)
+            parts += torch.stack([ce, kl])
             if gradient is not None:
-                gradient[at] = torch.autograd.grad(total, few)[0].to(gradient.dtype)
-            parts += torch.stack([total, *others]).detach()
+                gradient[at] = slope.div_(weights.count).to(gradient.dtype)
+        parts /= weights.count
         ctx.gradient = gradient
         ctx.mark_non_differentiable(parts)
-        return parts[0].clone(), parts
+        return weights.total(*parts.unbind()).clone(), parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return ctx.gradient * upstream, None, None
+        return ctx.gradient * upstream, None, None, None
+
+
+def _against_all(
+    logits: Tensor, teacher: Tensor | None, wanted: Tensor, weights: _Weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows [n, classes] beside a teacher's: sums of cross-entropy and KL (zero without one), and the gradient."""
+    known = functional.log_softmax(logits, -1)
+    ce = -known.gather(-1, wanted[:, None]).sum()
+    slope = known.exp_().mul_(weights.text)
+    slope.scatter_add_(-1, wanted[:, None], torch.full_like(slope[:, :1], -weights.text))
+    if teacher is None:
+        return ce, torch.zeros_like(ce), slope
+    kl, apart = _softened(logits, teacher.to(logits.dtype), weights.temperature)
+    return ce, kl, slope.add_(apart, alpha=weights.alpha * weights.temperature)
+
+
+def _against_top(
+    logits: Tensor, teacher: TopTokens, wanted: Tensor, weights: _Weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same beside a teacher's most probable tokens. The row is read for its peak and its exponentials alone: what
+    becomes of all others is one factor."""
+    ids, text = teacher.ids.to(torch.int64), weights.text
+    top, peak = logits.gather(-1, ids), logits.amax(-1, keepdim=True)
+    others = (logits - peak).exp_().scatter_(-1, ids, 0.0)
+    least = torch.finfo(logits.dtype).tiny
+    left = others.sum(-1, keepdim=True).clamp_(min=least)
+    mass = left + (top - peak).exp().sum(-1, keepdim=True)
+    ce = (peak + mass.log() - logits.gather(-1, wanted[:, None])).sum()
+    coarse, known = top, teacher.logprobs.to(logits.dtype)
+    whole = ids.shape[-1] == logits.shape[-1]
+    if not whole:
+        coarse = torch.cat([top, peak + left.log()], -1)
+        known = torch.cat([known, teacher.rest.to(logits.dtype)[:, None]], -1)
+    kl, apart = _softened(coarse, known, weights.temperature)
+    apart = apart.mul_(weights.alpha * weights.temperature)
+    factor = text / mass if whole else text / mass + apart[:, -1:] / left
+    slope = others.mul_(factor)
+    slope.scatter_(-1, ids, text * (top - peak).exp() / mass + apart[:, : ids.shape[-1]])
+    slope.scatter_add_(-1, wanted[:, None], torch.full_like(mass, -text))
+    return ce, kl, slope
+
+
+def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL(softmax(teacher / T) ‖ softmax(student / T)) of logits [n, m], summed over rows, and by how much the student's
+    softened probabilities exceed the teacher's, [n, m]. What the teacher rules out (-inf) adds nothing to the KL."""
+    log_p = functional.log_softmax(teacher / temperature, -1)
+    log_q = functional.log_softmax(student / temperature, -1)
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
+    return kl, log_q.exp_().sub_(p)
 
 
 def check_weights(temperature: float, alpha: float) -> None:
@@ -201,38 +265,3 @@ def _at(teacher: Tensor | TopTokens | None, places: Tensor) -> Tensor | TopToken
     if isinstance(teacher, TopTokens):
         return TopTokens(teacher.ids[places], teacher.logprobs[places], teacher.rest[places])
     return None if teacher is None else teacher[places]
-
-
-def _sums(
-    logits: Tensor, teacher: Tensor | TopTokens | None, wanted: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and softened KL (zero without a teacher), summed over rows [n, classes]."""
-    if not isinstance(teacher, TopTokens):
-        ce = functional.cross_entropy(logits, wanted, reduction="sum")
-        return ce, ce.new_zeros(()) if teacher is None else _softened_kl(logits, teacher.to(logits.dtype), temperature)
-    student_coarse, teacher_coarse = _coarse(logits, teacher)
-    # The coarse student holds all its probability: its normaliser is that of the whole row, which is read but once.
-    chosen = logits.gather(-1, wanted[:, None])[:, 0]
-    ce = (student_coarse.logsumexp(-1) - chosen).sum()
-    return ce, _softened_kl(student_coarse, teacher_coarse, temperature)
-
-
-def _coarse(logits: Tensor, teacher: TopTokens) -> tuple[Tensor, Tensor]:
-    """Unnormalised log-probabilities [n, k + 1] of the student, and those of the teacher: its tokens, and the rest.
-    [n, k] where k is the whole vocabulary."""
-    ids = teacher.ids.to(torch.int64)
-    top, known = logits.gather(-1, ids), teacher.logprobs.to(logits.dtype)
-    if ids.shape[-1] == logits.shape[-1]:
-        return top, known
-    others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([top, others], -1), torch.cat([known, teacher.rest.to(logits.dtype)[:, None]], -1)
-
-
-def _softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(teacher / T) ‖ softmax(student / T)) of logits [n, m], summed over rows. What the teacher rules out
-    (-inf) adds nothing."""
-    log_p = functional.log_softmax(teacher / temperature, -1)
-    log_q = functional.log_softmax(student / temperature, -1)
-    p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
-    return terms.sum()
