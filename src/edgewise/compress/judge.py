@@ -183,7 +183,7 @@ class _Judge:
             there = np.concatenate(await self._teacher.hidden([*(some if self._kept is None else self._kept[some])]))
             parts, targets = found.rows(slice(at, at + len(some))), some[:, 1:].reshape(-1)
             for rows in few(len(here)):
-                figures = self._compared(here[rows], there[rows], targets[rows])
+                figures: tuple[npt.NDArray[Any], ...] = self._compared(here[rows], there[rows], targets[rows])
                 for part, figure in zip(parts, figures, strict=True):
                     part[rows] = figure
         show("windows", len(ids), len(ids))
