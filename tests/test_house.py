@@ -96,7 +96,24 @@ def test_every_declared_dependency_is_imported_and_every_import_declared() -> No
     outside = modules - set(sys.stdlib_module_names) - {"edgewise", "__future__"}
     owners = packages_distributions()
     used = {canonicalize_name(dist) for module in outside for dist in owners.get(module, [module])}
-    assert used == {canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]}
+    needed = {canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]}
+    assert used - trainers() == needed
+        canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]
+    }
+
+
+def trainers() -> set[str]:
+    return {Requirement(need).name for need in PROJECT["project"]["optional-dependencies"]["distil"]}
+
+
+def test_what_trains_is_in_compress_and_says_so_in_its_first_line() -> None:
+    files = {file: imports(file) for file in PACKAGE.rglob("*.py")}
+    training = {file for file, names in files.items() if any(name.partition(".")[0] in trainers() for name in names)}
+    assert training
+    for file in training:
+        assert file.parent == PACKAGE / "compress", file
+        assert "torch" in file.read_text().split("\n\n")[0], file
+    assert {name.partition(".")[0] for file in training for name in files[file]} >= trainers()
 
 
 def test_an_extra_has_one_home() -> None:
@@ -107,7 +124,7 @@ def test_an_extra_has_one_home() -> None:
     used = {name.partition(".")[0] for file in FITTING.glob("*.py") for name in imports(file)}
     outside = {canonicalize_name(owners[name][0]) for name in used if name in owners} - {"edgewise", "numpy", "msgspec"}
     assert outside == {Requirement(need).name for need in extras["calibrate"]}
-    for needs in (needs for extra, needs in extras.items() if extra != "calibrate"):
+    for needs in (needs for extra, needs in extras.items() if extra not in ("calibrate", "distil")):
         for need in needs:
             name = Requirement(need).name
             homes = [p for p in files if re.search(rf'import_module\("{name}[".]', p.read_text())]
