@@ -98,8 +98,6 @@ def test_every_declared_dependency_is_imported_and_every_import_declared() -> No
     used = {canonicalize_name(dist) for module in outside for dist in owners.get(module, [module])}
     needed = {canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]}
     assert used - trainers() == needed
-        canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]
-    }
 
 
 def trainers() -> set[str]:
