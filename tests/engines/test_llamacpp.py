@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -191,3 +192,15 @@ def test_without_xllamacpp_the_error_names_the_extra(smollm2_gguf: Path, monkeyp
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingExtra, match=r"edgewise\[llamacpp\]"):
         LlamaCpp(smollm2_gguf)
+
+
+def test_what_is_closed_as_soon_as_it_is_open_does_not_wait_for_ever(smollm2_gguf: Path) -> None:
+    """In a process of its own: one that waits in llama.cpp's destructor hears no signal that Python would handle."""
+    code = """
+import asyncio, sys
+from pathlib import Path
+from edgewise.engines.llamacpp import LlamaCpp
+for _ in range(8):
+    asyncio.run(LlamaCpp(Path(sys.argv[1]), context=256, threads=1).close())
+"""
+    subprocess.run([sys.executable, "-c", code, str(smollm2_gguf)], check=True, timeout=120)

@@ -246,8 +246,11 @@ def _load(path: Path, context: int, slots: int, threads: int | None) -> Any:
     params.verbosity = 0
     if threads is not None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.endpoint_metrics = True
     try:
-        return library.Server(params)
+        server = library.Server(params)
+        server.handle_metrics()  # waits for its loop: one that is ended before its loop began waits for it for ever
+        return server
     except RuntimeError as error:
         raise SourceError(
             f"llama.cpp cannot load {path} with {slots} x {context} tokens of context",
