@@ -11,7 +11,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
-    ROOT / "docs" / name for name in ("performance.md", "planner.md", "joint.md", "split.md", "split_vision.md")
+    ROOT / "docs" / name
+    for name in (
+        *("performance.md", "planner.md", "joint.md", "split.md", "split_vision.md"),
+        *("distillation_intents.md", "quantization.md"),
+    )
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -410,6 +414,90 @@ def relay(measurement: Measurement) -> Rows:
         ]
 
 
+def quantize(measurement: Measurement) -> Rows:
+    yield [
+        "model",
+        "recipe",
+        "MB",
+        "KL, nats",
+        "of int4's",
+        "KL, p99",
+        "same first choice",
+        "perplexity",
+        "the source's",
+    ]
+    for name, found in measurement["results"]["models"].items():
+        for recipe, row in found.items():
+            if row is not None:
+                yield [
+                    *(name, recipe, f"{row['bytes'] / 1e6:.1f}", f"{row['kl_mean']:.4f}"),
+                    f"{row['kl_mean'] / found['int4']['kl_mean']:.2f}",
+                    *(f"{row['kl_p99']:.3f}", f"{row['top1_agreement']:.1%}"),
+                    *(f"{row['perplexity']:.2f}", f"{row['perplexity_source']:.2f}"),
+                ]
+
+
+def quantize_encoder(measurement: Measurement) -> Rows:
+    found = measurement["results"]["encoder"]
+    yield ["rounding", "MB of matrices", "KL, nats", "of nearest's", "KL, p99", "same nearest text"]
+    for name, row in found.items():
+        share = row["kl_mean"] / found["nearest"]["kl_mean"]
+        yield [
+            *(name, f"{row['bytes'] / 1e6:.1f}", f"{row['kl_mean']:.5f}", f"{share:.2f}"),
+            *(f"{row['kl_p99']:.4f}", f"{row['top1_agreement']:.1%}"),
+        ]
+
+
+def intents(measurement: Measurement) -> Rows:
+    """A line for each way of learning; gains are over labels alone, in points."""
+    yield [
+        *("learned from", "accuracy", "gain", "over seeds, over texts"),
+        *("among the intents alone", "gain", "over seeds, over texts", "said oos: in scope", "out of it"),
+    ]
+    results = measurement["results"]
+    for name, arm in results["arms"].items():
+        line = [name]
+        for way in ("all", "intents"):
+            line.append(f"{arm[way]['mean']:.4f}")
+            gain = None if arm["gain"] is None else arm["gain"][way]
+            spans = [] if gain is None else [gain["over_seeds"], gain["over_texts"]]
+            line += ["", ""] if gain is None else [f"{gain['points']:+.2f}", ", ".join(span(*one) for one in spans)]
+        yield [*line, f"{arm['refused']:.1%}", f"{arm['refused_out_of_scope']:.1%}"]
+    teacher = results["teacher"]
+    yield [
+        "the teacher itself",
+        f"{teacher['all']:.4f}",
+        "",
+        "",
+        f"{teacher['intents']:.4f}",
+        "",
+        "",
+        "",
+        f"{teacher['oos_test']:.1%}",
+    ]
+
+
+def span(low: float, high: float) -> str:
+    return f"{low:+.2f} to {high:+.2f}"
+
+
+def intents_cascade(measurement: Measurement) -> Rows:
+    """The policy, and one signal alone at a threshold that sends away as many of the validation texts in scope."""
+    yield [
+        *("who decides", "in scope: to the teacher", "accuracy", "of the teacher's"),
+        *("out of scope: caught", "to the teacher", "refused", "of all: to the teacher"),
+    ]
+    results = measurement["results"]
+    for name, row in {**results["policies"], **results["signals"]}.items():
+        yield [
+            *(name, f"{row['in_scope_escalated']:.1%}", f"{row['in_scope_accuracy']:.4f}"),
+            f"{row['of_the_clouds']:.2%} [{row['of_the_clouds_low']:.2%}, {row['of_the_clouds_high']:.2%}]",
+            f"{row['out_of_scope_caught']:.1%} "
+            f"[{row['out_of_scope_caught_low']:.1%}, {row['out_of_scope_caught_high']:.1%}]",
+            *(f"{row[key]:.1%}" for key in ("out_of_scope_escalated", "out_of_scope_refused", "all_escalated")),
+        ]
+
+
 TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "engines": ("engines", engines),
     "engines_targets": ("engines", targets),
@@ -436,6 +524,10 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "split_accuracy": ("split_accuracy", split_accuracy),
     "split_planner": ("split_planner", split_planner),
     "split_relay": ("split_relay", split_relay),
+    "quantize": ("quantize", quantize),
+    "quantize_encoder": ("quantize", quantize_encoder),
+    "intents": ("intents", intents),
+    "intents_cascade": ("intents_cascade", intents_cascade),
 }
 
 

@@ -2,7 +2,7 @@
 
 The sum of its n-grams' vectors over the root of their number, one hidden layer, logits: after Joulin et al. 2016, Bag
 of Tricks for Efficient Text Classification, with a table of chosen n-grams instead of all. With 10,000 of them, 128
-wide, it is 1.9 MB.
+wide, it is 1.7 MB.
 """
 
 from __future__ import annotations
