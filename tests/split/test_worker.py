@@ -525,6 +525,33 @@ async def test_an_edge_that_does_not_read_is_not_read(worker: Worker, reference:
         assert len({bytes((await one.next()).payload) for _ in range(100)}) == 1
 
 
+async def test_no_answer_overtakes_another_on_a_way_that_stops_and_goes(worker: Worker, reference: Model) -> None:
+    """Whoever sends, the reader of a connection or its writer: one message at a time, in the order of the questions."""
+    hidden, sent, under_way = await boundary(reference), list[bytes](), 0
+    questions = [hello(worker), opening(), *[rows(hidden[: n + 1], n, 1) for n in range(12)]]
+    left = iter(map(wire.pack, questions))
+
+    async def receive() -> bytes | None:
+        await asyncio.sleep(0)
+        message = next(left, None)
+        while message is None and len(sent) < len(questions):
+            await asyncio.sleep(0.001)
+        return message
+
+    async def send(message: bytes) -> None:
+        nonlocal under_way
+        under_way += 1
+        assert under_way == 1
+        await asyncio.sleep(0.005 * (len(sent) % 2))
+        sent.append(message)
+        under_way -= 1
+
+    await worker.converse(receive, send)
+    frames = [wire.unpack(message) for message in sent]
+    assert [frame.kind for frame in frames] == [Kind.WELCOME, Kind.OPENED, *[Kind.TOKENS] * 12]
+    assert [frame.position for frame in frames[2:]] == [*range(12)]
+
+
 async def test_an_edge_that_breaks_off_without_reading_is_let_go(
     worker: Worker, reference: Model, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -48,7 +48,8 @@ class _Held:
 
 @dataclass(eq=False)
 class _Connection:
-    """One edge. `answers` holds what is to be sent, in the order in which it came to be, None at the end."""
+    """One edge. `answers` holds what is to be sent, in the order in which it came to be; who sends goes on until none
+    is left, so that nothing overtakes."""
 
     send: Send
     known: bool = False  # its HELLO was accepted
@@ -56,29 +57,45 @@ class _Connection:
     sending: bool = False
     gone: bool = False  # it could not be sent an answer
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WAITING))
-    answers: asyncio.Queue[Frame | None] = field(default_factory=asyncio.Queue)
+    answers: deque[Frame] = field(default_factory=deque)
+    called: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, answer: Frame) -> None:
+        self.answers.append(answer)
+        self.called.set()
+
+    def end(self) -> None:
+        """Nothing is read any more; `write` sends what is left and ends."""
+        self.ended = True
+        self.called.set()
 
     async def write(self) -> None:
-        """Send what comes, until None."""
-        while not self.gone and (answer := await self.answers.get()) is not None:
-            await self._send(answer)
+        """Send what comes, until the end."""
+        while True:
+            await self.called.wait()
+            self.called.clear()
+            await self.flush()
+            if self.ended or self.gone:
+                return
 
     async def flush(self) -> None:
         """Send what is there, if nobody does: to wake `write` takes a turn of the loop, which a token feels."""
-        while not (self.gone or self.sending or self.answers.empty()):
-            answer = self.answers.get_nowait()
-            assert answer is not None, "the end comes when nothing is read any more"
-            await self._send(answer)
+        if self.sending:
+            return
+        self.sending = True
+        try:
+            while self.answers and not self.gone:
+                await self._send(self.answers.popleft())
+        finally:
+            self.sending = False
 
     async def _send(self, answer: Frame) -> None:
-        self.sending = True
         try:
             await self.send(wire.pack(answer))
         except Exception as why:  # whatever a server says when nobody is at the other end
             log.info("an edge went before its answers came: %s", type(why).__name__)
             self.gone = True
         finally:
-            self.sending = False
             self.room.release()  # who waits to read on learns that it goes on, or that nobody is there
 
 
@@ -133,11 +150,10 @@ class Worker:
         try:
             await self._read(connection, receive)
         finally:
-            connection.ended = True
+            connection.end()
             for held in self._sessions.values():
                 if held.owner is connection:
                     held.owner, held.used = None, time.monotonic()
-            connection.answers.put_nowait(None)
             await asyncio.wait([writer])
 
     async def close(self) -> None:
@@ -160,10 +176,10 @@ class Worker:
                 frame = wire.unpack(message)
                 answer = await self._answer(connection, frame)
             except BadFrame as e:
-                connection.answers.put_nowait(_error(Frame(Kind.ERROR), e.code, str(e)))
+                connection.put(_error(Frame(Kind.ERROR), e.code, str(e)))
                 return
             if answer is not None:
-                connection.answers.put_nowait(answer)
+                connection.put(answer)
                 if answer.kind == Kind.ERROR and not answer.session:
                     return
             await connection.flush()
@@ -272,7 +288,7 @@ class Worker:
         return await asyncio.shield(self._step_now)  # a thread cannot be stopped
 
     def _reply(self, job: _Job, answer: Frame) -> None:
-        job.connection.answers.put_nowait(answer)
+        job.connection.put(answer)
         self.answered += 1
 
     def _next_jobs(self) -> list[_Job]:
