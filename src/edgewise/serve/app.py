@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -16,7 +16,6 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path
-from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -28,13 +27,15 @@ from edgewise.joint.replay_log import ReplayLog
 from edgewise.serve.completions import CHAT, TEXT, Completions, Crowd, Node
 from edgewise.serve.errors import answer_error, failure_of
 from edgewise.serve.exchange import Limits
-from edgewise.serve.halves import HALF, Half
 from edgewise.serve.link import Bytes
 from edgewise.serve.metrics import Metrics
 from edgewise.serve.openapi import document
-from edgewise.serve.split import SPLIT, Split
+from edgewise.serve.split import Split
 from edgewise.types import Decision, Route
 from edgewise.wire.answers import encode_model, encode_models
+
+if TYPE_CHECKING:
+    from edgewise.serve.halves import Half  # loads onnx and its runtime, which no other node needs
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def create_app(
             Path("/v1/models", shelf.list, methods=["GET"]),
             Path("/v1/models/{name:path}", shelf.show, methods=["GET"]),
             Path("/edgewise/bytes", Bytes(limits, crowd), methods=["GET", "POST"]),
-            *([WebSocketRoute(SPLIT, split)] if split else []),
+            *([split.route] if split else []),
             Path("/livez", health.live, methods=["GET"]),
             Path("/readyz", health.ready, methods=["GET"]),
             Path("/metrics", metrics.show, methods=["GET"]),
@@ -97,10 +98,9 @@ def create_worker_app(worker: Split | Half, *, keys: Collection[str] = (), limit
     probes."""
     limits = limits or Limits()
     health = Health(None)
-    door = WebSocketRoute(SPLIT, worker) if isinstance(worker, Split) else Path(HALF, worker, methods=["POST"])
     return Starlette(
         routes=[
-            door,
+            worker.route,
             Path("/edgewise/bytes", Bytes(limits, Crowd(limits.in_flight)), methods=["GET", "POST"]),
             Path("/livez", health.live, methods=["GET"]),
             Path("/readyz", health.ready, methods=["GET"]),

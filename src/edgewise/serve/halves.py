@@ -6,6 +6,7 @@ import asyncio
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from edgewise.errors import BadFrame, RequestError
@@ -13,8 +14,7 @@ from edgewise.serve.completions import Crowd
 from edgewise.serve.errors import failure_of
 from edgewise.serve.exchange import Exchange, Limits, read_body
 from edgewise.split.halves import BackHalf
-
-HALF = "/edgewise/half"
+from edgewise.split.post import PATH
 
 
 class Half:
@@ -25,6 +25,10 @@ class Half:
         self._half, self._limits = half, limits or Limits()
         self._crowd = Crowd(self._limits.in_flight)
         self._turn = asyncio.Semaphore(at_once)
+
+    @property
+    def route(self) -> Route:
+        return Route(PATH, self, methods=["POST"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(send, self._limits.send_s)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.responses import JSONResponse
+from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -24,6 +25,10 @@ class Split:
         self._worker: Worker | None = None
         self._lock = asyncio.Lock()
         self._open = 0
+
+    @property
+    def route(self) -> WebSocketRoute:
+        return WebSocketRoute(SPLIT, self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         socket = WebSocket(scope, receive, send)
