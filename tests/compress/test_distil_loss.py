@@ -38,7 +38,7 @@ def top_of(logits: Tensor, k: int) -> TopTokens:
 
 def gradient(student: Tensor, *args: object, **kwargs: object) -> Tensor:
     leaf = student.clone().requires_grad_()
-    distillation_loss(leaf, *args, **kwargs).total.backward()  # type: ignore[arg-type]
+    distillation_loss(leaf, *args, **kwargs).total.backward()  # type: ignore[arg-type]  # whatever a case names
     assert leaf.grad is not None
     return leaf.grad
 

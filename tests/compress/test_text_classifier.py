@@ -112,7 +112,7 @@ def test_what_cannot_be_chosen_from_is_refused(texts: list[str], labels: list[in
 @pytest.mark.parametrize("wrong", [{"width": 0}, {"left_out": 1.0}, {"dropout": -0.1}])
 def test_sizes_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="were given; allowed"):
-        TextClassifier(NGrams.chosen(COLOURS, KINDS, 6), 2, **wrong)  # type: ignore[arg-type]
+        TextClassifier(NGrams.chosen(COLOURS, KINDS, 6), 2, **wrong)  # type: ignore[arg-type]  # that is the test
 
 
 def test_it_learns_and_its_file_answers_the_same(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class _Safetensors(Mapping[str, FloatArray]):
         self._files: dict[str, Path] = {}
         for shard in sorted(directory.glob("*.safetensors")):
             with safe_open(shard, framework="np") as file:
-                self._files |= {name: shard for name in file.keys() if not IGNORED_TENSORS.search(name)}  # noqa: SIM118
+                self._files |= {name: shard for name in file.keys() if not IGNORED_TENSORS.search(name)}  # noqa: SIM118 - no mapping
         if tied:  # some checkpoints store the shared table twice
             self._files.pop(LM_HEAD, None)
 

@@ -91,7 +91,7 @@ def distillation_loss(
         return _against_all(logits, few, targets[at], weights)
 
     logits = student.reshape(-1, classes)
-    total, parts = _OverRows.apply(logits, places, lose, weights)  # type: ignore[no-untyped-call]
+    total, parts = _OverRows.apply(logits, places, lose, weights)  # type: ignore[no-untyped-call]  # torch gives `apply` no types
     return Losses(total, None if teacher is None else parts[1], parts[0], count)
 
 
