@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from edgewise.compress.judge import windows as cut
 from edgewise.compress.mixed import Show
 from edgewise.engines.base import Row
 from edgewise.engines.local import LocalModel
@@ -22,12 +23,10 @@ def of_text(tokenizer: Tokenizer, text: str, windows: int, length: int) -> tuple
     """int64 [n, length] each: at most so many windows, spread evenly over the text, and at most as many of the others,
     for judging what came of it; each begins with the token that the model's texts begin with, if there is one.
     UsageError if the text has not two windows."""
-    begin = tokenizer.encode("")[:1]
-    ids, step = tokenizer.encode(text)[len(begin) :], length - len(begin)
-    there = np.array([[*begin, *ids[at : at + step]] for at in range(0, len(ids) - step + 1, step)], np.int64)
+    there = cut(tokenizer, text, length=length)
     if len(there) < 2:
         raise UsageError(
-            f"the text has {len(ids)} tokens; two windows of {step} are needed at least",
+            f"the text has one window of {length} tokens; two are needed at least",
             hint="take a longer text, or a smaller length in a recipe's [calibration]",
         )
     return _spread(there[0::2], windows), _spread(there[1::2], windows)
@@ -48,7 +47,7 @@ def written(model: LocalModel[Any], tokenizer: Tokenizer, windows: int, length: 
 
 async def _written(model: LocalModel[Any], tokenizer: Tokenizer, windows: int, length: int, show: Show) -> IdArray:
     drawn = np.random.default_rng(SEED)
-    begin = tokenizer.encode("")[:1]
+    begin = tokenizer.start_ids
     ids = np.empty((windows, length), np.int64)
     ids[:, : len(begin)] = begin
     ids[:, len(begin)] = drawn.integers(model.vocab, size=windows)
