@@ -529,13 +529,13 @@ async def test_no_answer_overtakes_another_on_a_way_that_stops_and_goes(worker: 
     """Whoever sends, the reader of a connection or its writer: one message at a time, in the order of the questions."""
     hidden, sent, under_way = await boundary(reference), list[bytes](), 0
     questions = [hello(worker), opening(), *[rows(hidden[: n + 1], n, 1) for n in range(12)]]
-    left = iter(map(wire.pack, questions))
+    left, answered = iter(map(wire.pack, questions)), asyncio.Event()
 
     async def receive() -> bytes | None:
         await asyncio.sleep(0)
         message = next(left, None)
-        while message is None and len(sent) < len(questions):
-            await asyncio.sleep(0.001)
+        if message is None:
+            await answered.wait()
         return message
 
     async def send(message: bytes) -> None:
@@ -545,6 +545,8 @@ async def test_no_answer_overtakes_another_on_a_way_that_stops_and_goes(worker: 
         await asyncio.sleep(0.005 * (len(sent) % 2))
         sent.append(message)
         under_way -= 1
+        if len(sent) == len(questions):
+            answered.set()
 
     await worker.converse(receive, send)
     frames = [wire.unpack(message) for message in sent]
