@@ -25,10 +25,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from edgewise.bench.measure import Measurement, figure, typed
-from edgewise.compress import checkpoint
-from edgewise.compress.config import Config, Data, Loss, Train
-from edgewise.compress.loop import Lessons, Loop
-from edgewise.compress.trainer import DistillationTrainer
+from edgewise.compress.distil import checkpoint
+from edgewise.compress.distil.config import Config, Data, Loss, Train
+from edgewise.compress.distil.loop import Lessons, Loop
+from edgewise.compress.distil.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
 LENGTH, K, TEMPERATURE, ALPHA, CLIP, THREADS = 256, 64, 2.0, 0.5, 1.0, 2

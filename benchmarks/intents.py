@@ -27,9 +27,9 @@ from intents_teacher import INVENTED
 from intents_texts import Intents, Part, opened
 
 from edgewise.bench.measure import Measurement, figure, typed
-from edgewise.compress.text_classifier import TextClassifier
-from edgewise.compress.text_graph import NGrams
-from edgewise.compress.trainer import DistillationTrainer
+from edgewise.compress.classify.text_classifier import TextClassifier
+from edgewise.compress.classify.text_graph import NGrams
+from edgewise.compress.distil.trainer import DistillationTrainer
 from edgewise.evaluate.interval import bootstrap
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,7 +28,7 @@ from intents import JUDGED, RESULTS, TAUGHT, Work, accuracy, answers, loaded, se
 from intents_teacher import Teacher, padded
 
 from edgewise.bench.measure import Measurement, typed
-from edgewise.compress.text_graph import as_bytes
+from edgewise.compress.classify.text_graph import as_bytes
 from edgewise.engines.onnx_net import OnnxNet
 from edgewise.evaluate.interval import bootstrap
 from edgewise.joint.judge import SignalsJudge

@@ -26,9 +26,9 @@ import numpy as np
 
 from edgewise.bench.journal import Journal
 from edgewise.bench.measure import Measurement, typed
-from edgewise.compress import gptq
-from edgewise.compress.quantize import figures, quantize
-from edgewise.compress.recipe import BUILT_IN, Mixed, Recipe
+from edgewise.compress.quantize import gptq
+from edgewise.compress.quantize.bundle import figures, quantize
+from edgewise.compress.quantize.recipe import BUILT_IN, Mixed, Recipe
 from edgewise.evaluate.divergence import kl
 from edgewise.evaluate.interval import bootstrap
 from edgewise.models.weights import Quantized

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgewise.compress.trainer import DistillationTrainer
+    from edgewise.compress.distil.trainer import DistillationTrainer
     from edgewise.devices.views import EdgeGPUSpecs, benchmarks, edge_chips
     from edgewise.joint.inference import JointInference
     from edgewise.split.inference import LayerSplitInference
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used, so that `import edgewise` stays light.
 _DOORS = {
-    "DistillationTrainer": "edgewise.compress.trainer",
+    "DistillationTrainer": "edgewise.compress.distil.trainer",
     "EdgeGPUSpecs": "edgewise.devices.views",
     "JointInference": "edgewise.joint.inference",
     "LayerSplitInference": "edgewise.split.inference",

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgewise.compress.config import Config, Data, Loss, Train
-from edgewise.compress.loop import Lessons, Trained, train
+from edgewise.compress.distil.config import Config, Data, Loss, Train
+from edgewise.compress.distil.loop import Lessons, Trained, train
 
 VOCABULARY, LENGTH, ROWS, HELD_OUT, K = 37, 12, 50, 6, 5
 

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewise.compress import answers, corpus
-from edgewise.compress.answers import prompts_of, written
-from edgewise.compress.corpus import Corpus, build
-from edgewise.compress.documents import Document, Encoder, gathered
-from edgewise.compress.tokenizer_files import TokenizerFiles
+from edgewise.compress.lessons import answers, corpus
+from edgewise.compress.lessons.answers import prompts_of, written
+from edgewise.compress.lessons.corpus import Corpus, build
+from edgewise.compress.lessons.documents import Document, Encoder, gathered
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.engines.decode import Decoder
 from edgewise.engines.fake import FakeTokenizer, FakeTokenModel
 from edgewise.errors import SourceError, StorageError, Unreachable, UsageError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from edgewise.compress.depth import needed_layers
+from edgewise.compress.student.depth import needed_layers
 from edgewise.errors import UsageError
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull

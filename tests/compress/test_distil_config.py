@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgewise.compress.config import Config, Data, Generate, Loss, Part, Student, Train
+from edgewise.compress.distil.config import Config, Data, Generate, Loss, Part, Student, Train
 from edgewise.errors import ConfigError
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/formats/distill.md").read_text()

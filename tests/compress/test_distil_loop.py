@@ -21,10 +21,10 @@ import torch
 from distil_pieces import HELD_OUT, LENGTH, ROWS, VOCABULARY, Small, config, lessons, run
 from torch import nn
 
-from edgewise.compress import checkpoint
-from edgewise.compress.config import Train
-from edgewise.compress.loop import adamw, learning_rate, rows_of_step
-from edgewise.compress.loss import TopTokens, distillation_loss
+from edgewise.compress.distil import checkpoint
+from edgewise.compress.distil.config import Train
+from edgewise.compress.distil.loop import adamw, learning_rate, rows_of_step
+from edgewise.compress.distil.loss import TopTokens, distillation_loss
 from edgewise.errors import CheckpointError, Diverged, UsageError
 
 STEPS = 20

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgewise.compress import loss as module
-from edgewise.compress.loss import IGNORED, Losses, TopTokens, distillation_loss
+from edgewise.compress.distil import loss as module
+from edgewise.compress.distil.loss import IGNORED, Losses, TopTokens, distillation_loss
 from edgewise.errors import UsageError
 
 BATCH, TIME, VOCABULARY = 3, 5, 11

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from distil_pieces import config
 
-from edgewise.compress.config import Data, Student
-from edgewise.compress.report import Facts, _line, _smooth, agreement_plot, card, loss_plot
+from edgewise.compress.distil.config import Data, Student
+from edgewise.compress.distil.report import Facts, _line, _smooth, agreement_plot, card, loss_plot
 
 STEPS = [{"step": n, "tokens": n * 100, "loss": 10.0 / n, "elapsed_s": float(n)} for n in range(1, 201)]
 LOOKS = [

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgewise.cli.main import run
-from edgewise.compress import checkpoint
+from edgewise.compress.distil import checkpoint
 from edgewise.models.licence import declared
 from edgewise.models.source import pull
 from tiny import VOCAB, save_hf, tiny
@@ -116,7 +116,8 @@ def test_a_bundle_can_be_made_of_it(place: Path, first: dict[str, Any]) -> None:
     assert bundle.manifest.licence["id"] == "apache-2.0"
 
 
-def test_it_is_done_only_once(place: Path, first: dict[str, Any]) -> None:
+def test_it_is_done_only_once(place: Path, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgewise.compress.distil.run.counted", None)
     with pytest.raises(Refused, match=r"\(2, .*holds a run already"):
         distilled(place / "distil.toml")
     again = distilled(place / "distil.toml", "--resume")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import edgewise
-from edgewise.compress.loss import IGNORED, distillation_loss
-from edgewise.compress.trainer import DistillationTrainer
+from edgewise.compress.distil.loss import IGNORED, distillation_loss
+from edgewise.compress.distil.trainer import DistillationTrainer
 from edgewise.errors import UsageError
 from tiny import VOCAB, tiny
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgewise.compress.gptq import Grid, Hessian, Settings, codes, loss, nearest, quantized
+from edgewise.compress.quantize.gptq import Grid, Hessian, Settings, codes, loss, nearest, quantized
 from edgewise.models.weights import BLOCK, Dense, Quantized, requantize
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from edgewise.compress import hf_weights
-from edgewise.compress.hf_weights import HfWeights
-from edgewise.compress.student import made, saved
+from edgewise.compress.student import hf_weights
+from edgewise.compress.student.hf_weights import HfWeights
+from edgewise.compress.student.network import made, saved
 from edgewise.engines.base import Row
 from edgewise.engines.load import local_model
 from edgewise.errors import BundleError, SourceError, UnsupportedModel

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgewise.compress.judge import TEXT, judged, windows
-from edgewise.compress.kept import kept_ids
+from edgewise.compress.judge.bundles import TEXT, judged, windows
+from edgewise.compress.judge.kept import kept_ids
 from edgewise.engines.base import Row
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import local_model

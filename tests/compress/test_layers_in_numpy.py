@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewise.compress.forward import Layers, dense, embedded, head_input, logits
-from edgewise.compress.rewrite import BundleSource
+from edgewise.compress.quantize.forward import Layers, dense, embedded, head_input, logits
+from edgewise.compress.quantize.rewrite import BundleSource
 from edgewise.engines.base import Row
 from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.models.model_source import ModelSource

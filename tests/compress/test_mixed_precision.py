@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgewise.compress import mixed
-from edgewise.compress.mixed import Option, chosen, matrix_bytes, names
-from edgewise.compress.recipe import Mixed, Recipe
-from edgewise.compress.rewrite import rewritten
+from edgewise.compress.quantize import mixed
+from edgewise.compress.quantize.mixed import Option, chosen, matrix_bytes, names
+from edgewise.compress.quantize.recipe import Mixed, Recipe
+from edgewise.compress.quantize.rewrite import rewritten
 from edgewise.models.model_source import ModelSource
 from edgewise.models.source import open_source
 from edgewise.models.weights import Quantized

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgewise.compress.qdq import quantize_net, read_inputs
+from edgewise.compress.quantize.qdq import quantize_net, read_inputs
 from edgewise.engines.onnx_net import OnnxNet
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
 

@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 import pytest
 
-from edgewise.compress.calibration import of_text
-from edgewise.compress.quantize import Quantization, quantize
-from edgewise.compress.recipe import BUILT_IN, Recipe, of, read
+from edgewise.compress.quantize.bundle import Quantization, quantize
+from edgewise.compress.quantize.calibration import of_text
+from edgewise.compress.quantize.recipe import BUILT_IN, Recipe, of, read
 from edgewise.engines import native_lm
 from edgewise.engines.base import Row
 from edgewise.engines.native_lm import NativeLM

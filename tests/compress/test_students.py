@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from edgewise.compress import hf_weights
-from edgewise.compress.hf_weights import HfWeights
-from edgewise.compress.student import made, saved
-from edgewise.compress.surgery import chosen, ffn_worth, hidden_worth, smaller
-from edgewise.compress.vocabulary import counted, pruned
+from edgewise.compress.student import hf_weights
+from edgewise.compress.student.hf_weights import HfWeights
+from edgewise.compress.student.network import made, saved
+from edgewise.compress.student.surgery import chosen, ffn_worth, hidden_worth, smaller
+from edgewise.compress.student.vocabulary import counted, pruned
 from edgewise.engines.base import Row
 from edgewise.engines.load import local_model
-from edgewise.errors import SourceError, UnsupportedModel, UsageError
+from edgewise.errors import SourceError, StorageError, UnsupportedModel, UsageError
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.types import FloatArray
@@ -194,6 +195,21 @@ def test_saved_and_read_again_it_is_the_same(dtype: Any, tmp_path: Path) -> None
     saved(student, weights.tokenizer, place)
     assert sorted(file.name for file in place.iterdir()) == first
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_full_disk_leaves_the_student_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, student = teacher(tmp_path)
+    place = saved(student, weights.tokenizer, tmp_path / "student")
+    before = (place / "model.safetensors").read_bytes()
+
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(student, "save_pretrained", full)
+    with pytest.raises(StorageError, match=r"student could not be written: .*No space left.*make room"):
+        saved(student, weights.tokenizer, place)
+    assert (place / "model.safetensors").read_bytes() == before
+    assert not any(file.name.startswith(".") for file in tmp_path.iterdir())
 
 
 def test_ids_in_its_config_are_its_own(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgewise.compress import storing, teacher
-from edgewise.compress.teacher import STEPS, Taught, TopK, best_of, teach
+from edgewise.compress import storing
+from edgewise.compress.lessons import teacher
+from edgewise.compress.lessons.teacher import STEPS, Taught, TopK, best_of, teach
 from edgewise.engines.base import Row
 from edgewise.engines.load import local_model
 from edgewise.errors import EngineError, SourceError, StorageError, UsageError
@@ -219,7 +220,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from edgewise.compress import teacher
+from edgewise.compress.lessons import teacher
 from edgewise.models.bundle import Bundle
 teacher.SHARD_TOKENS = 32
 rows = np.load(sys.argv[3])

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewise.compress import text_graph
-from edgewise.compress.text_classifier import TextClassifier
-from edgewise.compress.text_graph import (
+from edgewise.compress.classify import text_graph
+from edgewise.compress.classify.text_classifier import TextClassifier
+from edgewise.compress.classify.text_graph import (
     BASE,
     MOST_BYTES,
     MOST_WORDS,

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as Core
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from edgewise.compress.tokenizer_files import TokenizerFiles
-from edgewise.compress.vocabulary import Vocabulary, counted, pruned
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
+from edgewise.compress.student.vocabulary import Vocabulary, counted, pruned
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.gguf import GGUF

@@ -162,6 +162,37 @@ def test_pull_replaces_a_bundle_of_the_same_name(bundle: Bundle, source: Path, t
     assert [p.name for p in (tmp_path / "bundles").iterdir()] == ["tiny"]
 
 
+def test_a_bundle_is_pulled_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
+    (bundle.path / ".packed.bin").write_bytes(b"what this machine made of it")
+    copy = pull(str(bundle.path), home=tmp_path / "other", name="copy")
+    assert (copy.name, copy.manifest, copy.weights) == ("copy", bundle.manifest, bundle.weights)
+    Bundle.open(copy.path)
+    assert not (copy.path / ".packed.bin").exists()
+    assert pull(str(bundle.path), home=tmp_path / "other").name == "tiny"
+
+
+def test_a_bundle_is_not_rounded_by_pull(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a bundle already.*edgewise quantize"):
+        pull(str(bundle.path), home=tmp_path / "other", requantize="int4")
+
+
+def test_a_damaged_bundle_is_not_pulled(bundle: Bundle, tmp_path: Path) -> None:
+    file = max(bundle.path.glob("blocks/*.data"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(HashMismatch, match=file.name):
+        pull(str(bundle.path), home=tmp_path / "other")
+    assert list((tmp_path / "other" / "bundles").iterdir()) == []
+
+
+def test_terms_of_a_bundle_are_accepted_too(bundle: Bundle, tmp_path: Path) -> None:
+    edit(bundle, licence={"id": "some-terms", "accepted": True})
+    with pytest.raises(LicenceError, match="some-terms"):
+        pull(str(bundle.path), home=tmp_path / "other")
+    assert pull(str(bundle.path), home=tmp_path / "other", accept_licence=True).name == "tiny"
+
+
 def others(home: Path) -> list[str]:
     """What lies in the store beside its bundles."""
     return [p.name for p in (home / "bundles").iterdir() if p.name.startswith(".")]

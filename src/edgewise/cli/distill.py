@@ -13,7 +13,7 @@ from edgewise.cli.output import note, progress, result
 from edgewise.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from edgewise.compress.distil import Distilled
+    from edgewise.compress.distil.run import Distilled
 
 LIBRARIES = ("torch", "transformers", "accelerate")
 
@@ -25,13 +25,13 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train a student to say what its teacher says. Exit code 1 if the loss stops being a number."""
-    from edgewise.compress.config import Config
+    from edgewise.compress.distil.config import Config
     from edgewise.settings import load
 
     wanted = Config.open(config)
     if missing := next((name for name in LIBRARIES if find_spec(name) is None), None):
         raise MissingExtra(missing, "distil")
-    from edgewise.compress.distil import distil
+    from edgewise.compress.distil.run import distil
 
     with progress() as show:
         found = distil(
@@ -49,7 +49,7 @@ def distill(
 
 
 def _facts(name: str, found: Distilled) -> dict[str, Any]:
-    from edgewise.compress.report import held_out
+    from edgewise.compress.distil.report import held_out
 
     trained, looks = found.trained, held_out(found.trained.log)
     return {

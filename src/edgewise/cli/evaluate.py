@@ -96,9 +96,9 @@ def _bundles(
     tasks: Path | None,
     plain: bool,
 ) -> dict[str, Any]:
-    from edgewise.compress.judge import PROMPTS, TEXT, judged, windows
-    from edgewise.compress.kept import kept_ids
-    from edgewise.compress.tasks import accuracy, read
+    from edgewise.compress.judge.bundles import PROMPTS, TEXT, judged, windows
+    from edgewise.compress.judge.kept import kept_ids
+    from edgewise.compress.judge.tasks import accuracy, read
     from edgewise.models.store import find
     from edgewise.models.tokenizer import Tokenizer
 
@@ -129,7 +129,7 @@ def _bundles(
 
 
 def _networks(model: Path, against: Path, inputs: Path | None, labels: str | None, as_json: bool) -> None:
-    from edgewise.compress.judge_net import judged_nets, size
+    from edgewise.compress.judge.nets import judged_nets, size
 
     if inputs is None:
         raise UsageError("two networks are held against each other on inputs", hint="name them: --inputs FILE.npz")

@@ -14,7 +14,10 @@ from edgewise.settings import DEFAULT_MODEL, load
 
 def pull(
     source: Annotated[
-        str, typer.Argument(metavar="NAME|PATH|HUB_ID", help="an alias, a .gguf file, a model directory, or owner/name")
+        str,
+        typer.Argument(
+            metavar="NAME|PATH|HUB_ID", help="an alias, a .gguf file, a directory of a model or bundle, or owner/name"
+        ),
     ] = DEFAULT_MODEL,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="what to call the bundle")] = None,
     requantize: Annotated[

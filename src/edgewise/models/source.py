@@ -13,7 +13,7 @@ from typing import Any, Literal
 from edgewise.errors import LicenceError, SourceError, UsageError
 from edgewise.models import download
 from edgewise.models.blocks import BlockWriter, Layer
-from edgewise.models.bundle import NAME, BlockEntry, Bundle, Graphs, write_manifest
+from edgewise.models.bundle import MANIFEST, NAME, BlockEntry, Bundle, Graphs, write_manifest
 from edgewise.models.download import Progress
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.from_hf import HuggingFaceSource
@@ -49,10 +49,12 @@ def pull(
     accept_licence: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Make a bundle of `source`: an alias (`smollm2-135m`), a .gguf file, a Hugging Face directory, or a Hub id
-    (`owner/name`, `owner/name:file.gguf`). An existing bundle of that name is replaced once the new one is whole.
+    """Make a bundle of `source`: an alias (`smollm2-135m`), a .gguf file, a Hugging Face directory, a Hub id
+    (`owner/name`, `owner/name:file.gguf`), or a bundle, which is copied. An existing bundle of that name is replaced
+    once the new one is whole.
 
-    SourceError, UnsupportedModel, LicenceError; Unreachable if a download fails."""
+    SourceError, UnsupportedModel, LicenceError; Unreachable if a download fails; BundleError or HashMismatch for a
+    bundle that is damaged."""
     report = progress or (lambda what, done, total: None)
     fetched = download.fetch(source, home, report)
     if name is None:
@@ -64,9 +66,11 @@ def pull(
     if layers_per_block < 1:
         raise UsageError(f"layers_per_block is {layers_per_block}; at least 1 is needed")
     recipe = Recipe(requantize or "exact", activations, layers_per_block)
+    if (fetched.path / MANIFEST).is_file():
+        return _copied(fetched.path, name, home, recipe, accept_licence)
     model = open_source(fetched.path)
     model.check()
-    licence = licence_of(model, fetched.licence, accept_licence)
+    licence = agreed(fetched.licence or model.licence_id, accept_licence)
     with making(name, home) as work:
         write_bundle(
             model,
@@ -173,9 +177,26 @@ def _reweigh(layer: Layer, weigh: Callable[[Matrix], Matrix]) -> Layer:
     )
 
 
-def licence_of(model: ModelSource, known: str | None, accepted: bool) -> dict[str, Any]:
-    """Terms that ask for more than attribution must be accepted by name; one that declares none is the user's own."""
-    licence = known or model.licence_id
+def _copied(directory: Path, name: str, home: Path, recipe: Recipe, accept_licence: bool) -> Bundle:
+    """The bundle of a directory in the store, verified there."""
+    if recipe != Recipe():
+        raise UsageError(
+            f"{directory.name} is a bundle already: it is copied as it is",
+            hint="`edgewise quantize` makes a smaller one of it",
+        )
+    bundle = Bundle.open(directory, check=False)
+    agreed(bundle.manifest.licence.get("id"), accept_licence)
+    with making(name, home) as work:
+        for file in (MANIFEST, *bundle.manifest.files):
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / file, work / file)
+        Bundle.open(work)
+    return Bundle.open(bundles_dir(home) / name, check=False)
+
+
+def agreed(licence: str | None, accepted: bool) -> dict[str, Any]:
+    """What a manifest says of a licence. Terms that ask for more than attribution must be accepted by name, else
+    LicenceError; a model that declares none is the user's own affair."""
     if licence is not None and not is_permissive(licence) and not accepted:
         raise LicenceError(
             f"the model comes under {licence!r}, whose terms you have to accept",

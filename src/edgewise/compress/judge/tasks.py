@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.compress.reader import SLOTS
+from edgewise.compress.judge.reader import SLOTS
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import local_model
 from edgewise.engines.score import Scorer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgewise.compress.text_graph import NGrams, Weights, write
+from edgewise.compress.classify.text_graph import NGrams, Weights, write
 from edgewise.errors import UsageError
 
 START = 0.05  # deviation of the table's numbers before training

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgewise.compress.reader import SLOTS, Reader, few
+from edgewise.compress.judge.reader import SLOTS, Reader, few
 from edgewise.engines.base import StageRow
 from edgewise.engines.local import LocalStage
 from edgewise.errors import UsageError

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from edgewise.compress.judge import windows as cut
-from edgewise.compress.mixed import Show
+from edgewise.compress.judge.bundles import windows as cut
+from edgewise.compress.quantize.mixed import Show
 from edgewise.engines.base import Row
 from edgewise.engines.local import LocalModel
 from edgewise.errors import UsageError

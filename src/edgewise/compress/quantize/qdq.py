@@ -147,7 +147,7 @@ def _quantized(source: Path, output: Path, feeds: list[dict[str, Array]], activa
     data = output.with_name("inputs.npz")
     arrays: dict[str, Any] = {f"{n} {name}": value for n, feed in enumerate(feeds) for name, value in feed.items()}
     np.savez(data, **arrays)
-    call = [sys.executable, "-m", "edgewise.compress.qdq_process", str(source), str(output), str(data)]
+    call = [sys.executable, "-m", "edgewise.compress.quantize.qdq_process", str(source), str(output), str(data)]
     done = subprocess.run([*call, str(activation_bits)], capture_output=True, text=True, errors="replace")
     if done.returncode or not output.is_file():
         why = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]

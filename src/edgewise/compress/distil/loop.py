@@ -23,10 +23,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from edgewise.compress import checkpoint
-from edgewise.compress.config import Config, Train
-from edgewise.compress.loss import IGNORED, Losses, TopTokens, distillation_loss, targets_of
-from edgewise.compress.trainer import logits_of
+from edgewise.compress.distil import checkpoint
+from edgewise.compress.distil.config import Config, Train
+from edgewise.compress.distil.loss import IGNORED, Losses, TopTokens, distillation_loss, targets_of
+from edgewise.compress.distil.trainer import logits_of
 from edgewise.errors import Diverged, UsageError
 from edgewise.models.download import Progress
 from edgewise.types import IdArray

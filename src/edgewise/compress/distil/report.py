@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from edgewise.compress.config import Config
+from edgewise.compress.distil.config import Config
 from edgewise.evaluate.chart import Axis, Floats, Line, chart
 
 Log = Sequence[Mapping[str, Any]]
@@ -81,7 +81,7 @@ def card(config: Config, facts: Facts, log: Log, plots: Sequence[str]) -> str:
             "## Data",
             "",
             f"{facts.documents:,} documents in {facts.rows:,} rows of {config.data.length} tokens, and "
-            f"{facts.held_out_rows:,} rows of other documents held out. Documents by source: "
+            f"{facts.held_out_rows:,} rows of other documents held out. They are out of what was read: "
             + ", ".join(f"{name} {count:,}" for name, count in facts.sources.items())
             + ".",
             "",

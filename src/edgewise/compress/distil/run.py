@@ -14,26 +14,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from edgewise.compress import report
-from edgewise.compress.answers import prompts_of, written
-from edgewise.compress.config import Config
-from edgewise.compress.corpus import Corpus, build
-from edgewise.compress.depth import needed_layers
-from edgewise.compress.documents import Document, Encoder, Gathered, gathered
-from edgewise.compress.hf_weights import HfWeights, of
-from edgewise.compress.kept import kept_ids
-from edgewise.compress.loop import LOG, Lessons, Tell, Trained, train
+from edgewise.compress.distil import report
+from edgewise.compress.distil.config import Config
+from edgewise.compress.distil.loop import LOG, Lessons, Tell, Trained, train
+from edgewise.compress.judge.kept import kept_ids
+from edgewise.compress.lessons.answers import prompts_of, written
+from edgewise.compress.lessons.corpus import Corpus, build
+from edgewise.compress.lessons.documents import Document, Encoder, Gathered, gathered
+from edgewise.compress.lessons.teacher import Taught, teach
 from edgewise.compress.storing import storing
-from edgewise.compress.student import made, saved
-from edgewise.compress.teacher import Taught, teach
-from edgewise.compress.tokenizer_files import TokenizerFiles
-from edgewise.compress.vocabulary import Vocabulary, counted, pruned
+from edgewise.compress.student.depth import needed_layers
+from edgewise.compress.student.hf_weights import HfWeights, of
+from edgewise.compress.student.network import made, saved
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
+from edgewise.compress.student.vocabulary import counted, pruned
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import loaded
 from edgewise.errors import UsageError
@@ -176,11 +176,35 @@ def _vocabulary(
     size = config.student.vocabulary
     if size is None or size >= weights.tokenizer.config.vocabulary:
         return weights.tokenizer, None
-    progress("counting tokens", 0, 1)
-    texts = _texts(itertools.chain(*_gathered(config, answers).sources.values()))
-    found: Vocabulary = pruned(weights.tokenizer, counted(weights.tokenizer, texts), size)
-    progress("counting tokens", 1, 1)
+    found = pruned(weights.tokenizer, _counts(config, weights.tokenizer, answers, progress), size)
     return found.files, found.kept
+
+
+def _counts(config: Config, tokenizer: TokenizerFiles, answers: Path | None, progress: Progress) -> IdArray:
+    """How often each of the teacher's tokens stands in the text, counted once and kept."""
+    found = _gathered(config, answers)
+    file = Path(config.output) / "counts.json"
+    call = {"text": found.digest, "tokenizer": hashlib.sha256(tokenizer.core.encode()).hexdigest()}
+    if (there := _kept(file, call)) is not None:
+        return np.array(there["counts"], np.int64)
+    progress("counting tokens", 0, 1)
+    counts = counted(tokenizer, _texts(itertools.chain(*found.sources.values())))
+    progress("counting tokens", 1, 1)
+    _keep(file, call | {"counts": counts.tolist()})
+    return counts
+
+
+def _kept(file: Path, call: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier start found, if it looked for the same."""
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found if found | call == found else None
+
+
+def _keep(file: Path, found: dict[str, Any]) -> None:
+    with storing(file) as room:
+        room.write_text(json.dumps(found), encoding="utf-8")
 
 
 def _texts(documents: Iterator[Document]) -> Iterator[str]:
@@ -200,13 +224,11 @@ def _layers(
         return wanted
     file = Path(config.output) / "layers.json"
     call = {"teacher": bundle.weights, "corpus": corpus.digest, "count": wanted}
-    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8"))) | call == found:
-        layers: int | list[int] = found["layers"]
-        return layers
+    if (there := _kept(file, call)) is not None:
+        return cast("int | list[int]", there["layers"])
     rows = corpus.train[:: max(1, len(corpus.train) // READ)][:READ].astype(np.int64)
     layers = needed_layers(bundle, [row if kept is None else kept[row] for row in rows], wanted, progress) or wanted
-    with storing(file) as room:
-        room.write_text(json.dumps(call | {"layers": layers}), encoding="utf-8")
+    _keep(file, call | {"layers": layers})
     return layers
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import safe_open
 
-from edgewise.compress.tokenizer_files import TokenizerFiles
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import UnsupportedModel
 from edgewise.models import rope
 from edgewise.models.blocks import Layer

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.compress.reader import SLOTS, Reader, few
+from edgewise.compress.judge.reader import SLOTS, Reader, few
 from edgewise.engines.decode import Decoder
 from edgewise.engines.slots import CHUNK
 from edgewise.engines.together import Answer, answers, prompt_ids

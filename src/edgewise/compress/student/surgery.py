@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.compress.hf_weights import EMBEDDING, LM_HEAD, NORM, HfWeights
+from edgewise.compress.student.hf_weights import EMBEDDING, LM_HEAD, NORM, HfWeights
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.types import FloatArray, IdArray
 

@@ -13,11 +13,11 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from edgewise.compress import calibration, mixed
-from edgewise.compress.judge import Judgement, judged
-from edgewise.compress.mixed import Show
-from edgewise.compress.recipe import Precision, Recipe
-from edgewise.compress.rewrite import BundleSource, rewritten
+from edgewise.compress.judge.bundles import Judgement, judged
+from edgewise.compress.quantize import calibration, mixed
+from edgewise.compress.quantize.mixed import Show
+from edgewise.compress.quantize.recipe import Precision, Recipe
+from edgewise.compress.quantize.rewrite import BundleSource, rewritten
 from edgewise.engines import packed
 from edgewise.engines.load import local_model
 from edgewise.errors import OverBudget, UnknownModel, UsageError
@@ -27,7 +27,7 @@ from edgewise.models.bundle import MANIFEST, NAME, Bundle
 from edgewise.models.licence import NOTICES
 from edgewise.models.model_source import ModelSource
 from edgewise.models.source import Recipe as Writing
-from edgewise.models.source import licence_of, open_source, write_bundle
+from edgewise.models.source import agreed, open_source, write_bundle
 from edgewise.models.store import bundles_dir, find, making
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.models.weights import Dense, Quantized
@@ -128,7 +128,7 @@ def _opened(source: str, home: Path, accept_licence: bool, show: Show) -> _Sourc
         fetched = download.fetch(source, home, show)
         model = open_source(fetched.path)
         model.check()
-        licence = licence_of(model, fetched.licence, accept_licence)
+        licence = agreed(fetched.licence or model.licence_id, accept_licence)
         return _Source(model, fetched.name, fetched.origin, licence, fetched.notices)
     origin = {"origin": bundle.name, "weights": bundle.weights, "source": bundle.manifest.source}
     return _Source(BundleSource(bundle), bundle.name, origin, bundle.manifest.licence, bundle.path)

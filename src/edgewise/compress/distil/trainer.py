@@ -14,11 +14,11 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtra("torch", "distil") from error
 
-from edgewise.compress.loss import IGNORED, Losses, check_weights, distillation_loss
+from edgewise.compress.distil.loss import IGNORED, Losses, check_weights, distillation_loss
 
 
 class DistillationTrainer:
-    """Teaches `student_model` what `teacher_model` says and what the labels say (compress/loss.py has the formula).
+    """Teaches `student_model` what `teacher_model` says and what the labels say (loss.py has the formula).
 
     Both are torch modules, or anything else that can be called with `input_ids` and gives logits: a tensor, or
     something with `.logits`. The teacher is asked in evaluation mode and without gradients, and gets back the mode that

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, Final
 
-from edgewise.compress.tokenizer_files import TokenizerFiles
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import SourceError, Unreachable, UsageError
 from edgewise.models.bundle import sha256
 from edgewise.models.tokenizer import Tokenizer

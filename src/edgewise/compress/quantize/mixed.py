@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.compress.forward import GROUPS, Layers, dense, embedded, head_input, logits
-from edgewise.compress.gptq import Hessian, loss, nearest
-from edgewise.compress.recipe import BITS, Precision
+from edgewise.compress.quantize.forward import GROUPS, Layers, dense, embedded, head_input, logits
+from edgewise.compress.quantize.gptq import Hessian, loss, nearest
+from edgewise.compress.quantize.recipe import BITS, Precision
 from edgewise.evaluate.divergence import kl
 from edgewise.models.card import Card
 from edgewise.models.model_source import ModelSource

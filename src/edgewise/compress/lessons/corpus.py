@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.compress.documents import Document
+from edgewise.compress.lessons.documents import Document
 from edgewise.compress.storing import storing_directory
 from edgewise.errors import SourceError, UsageError
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from edgewise.compress.hf_weights import EMBEDDING, LM_HEAD, HfWeights, of
-from edgewise.compress.surgery import smaller
-from edgewise.compress.tokenizer_files import TokenizerFiles
+from edgewise.compress.storing import storing_directory
+from edgewise.compress.student.hf_weights import EMBEDDING, LM_HEAD, HfWeights, of
+from edgewise.compress.student.surgery import smaller
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import SourceError, UsageError
 from edgewise.models.licence import NOTICES
 from edgewise.types import IdArray
@@ -59,23 +61,16 @@ def saved(
 ) -> Path:
     """The model as a Hugging Face directory, which `edgewise pull` and transformers take, in place of an older one.
     `licence` and `notices` are the teacher's, whose weights the student's come from. `dtype` is how numbers are
-    stored."""
-    work, old = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "replaced"))
-    for leftover in (work, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work.mkdir(parents=True)
-    _write(model, work, dtype)
-    tokenizer.write_huggingface(work)
-    _write_ids(work / CONFIG, tokenizer, dtype)
-    if licence is not None:
-        (work / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
-    if notices is not None:
-        for file in (file for pattern in NOTICES for file in notices.glob(pattern)):
-            shutil.copyfile(file, work / file.name)
-    if directory.exists():
-        directory.rename(old)
-    work.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    stored. StorageError, and nothing changed, if the disk will not take it."""
+    with storing_directory(directory) as work:
+        _write(model, work, dtype)
+        tokenizer.write_huggingface(work)
+        _write_ids(work / CONFIG, tokenizer, dtype)
+        if licence is not None:
+            (work / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+        if notices is not None:
+            for file in (file for pattern in NOTICES for file in notices.glob(pattern)):
+                shutil.copyfile(file, work / file.name)
     return directory
 
 
@@ -130,7 +125,10 @@ def _write(model: PreTrainedModel, directory: Path, dtype: SavedType) -> None:
     if model.config.tie_word_embeddings:
         state.pop(LM_HEAD, None)
         assert EMBEDDING in state
-    model.save_pretrained(directory, state_dict=state)
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    except SafetensorError as e:  # as which it tells of a disk that is full
+        raise OSError(str(e)) from e
 
 
 def _write_ids(file: Path, tokenizer: TokenizerFiles, dtype: SavedType) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from edgewise.compress.forward import GROUPS, Layers, dense, embedded, head_input
-from edgewise.compress.gptq import Doubles, Hessian, nearest, quantized
-from edgewise.compress.mixed import Show, table_hessian
-from edgewise.compress.recipe import BITS, Precision, Recipe
+from edgewise.compress.quantize.forward import GROUPS, Layers, dense, embedded, head_input
+from edgewise.compress.quantize.gptq import Doubles, Hessian, nearest, quantized
+from edgewise.compress.quantize.mixed import Show, table_hessian
+from edgewise.compress.quantize.recipe import BITS, Precision, Recipe
 from edgewise.models.blocks import Layer
 from edgewise.models.bundle import Bundle
 from edgewise.models.model_source import ModelSource

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer as Core
 
-from edgewise.compress.tokenizer_files import TokenizerFiles
+from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.models.tokenizer import BYTES, Config
 from edgewise.types import IdArray

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from edgewise.compress.documents import ANSWER, CUT, PROMPT
+from edgewise.compress.lessons.documents import ANSWER, CUT, PROMPT
 from edgewise.compress.storing import no_room, storing
 from edgewise.engines.base import Generator
 from edgewise.engines.together import answers

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 
-from edgewise.compress.gptq import Settings
+from edgewise.compress.quantize.gptq import Settings
 from edgewise.errors import ConfigError, UsageError
 from edgewise.models.source import Activations
 from edgewise.models.tensors import EMBED, HEAD

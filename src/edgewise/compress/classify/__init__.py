@@ -1,0 +1,1 @@
+"""Classifiers that read text by themselves. Needs torch, to train them."""

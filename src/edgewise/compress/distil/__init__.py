@@ -1,0 +1,1 @@
+"""A student's training: `run.py` is the door, `trainer.py` the step alone."""
