@@ -1,6 +1,6 @@
 """Fit the thresholds of the policy that ships: the confidences of an edge model over many prompts, and where to cut.
 
-    python benchmarks/fit_default_policy.py PROMPTS.jsonl --edge NAME -o src/edgewise/joint/default_policy.json
+    python benchmarks/fit_default_policy.py PROMPTS.jsonl --edge NAME -o src/edgewise/joint/shipped/default.json
 
 Each line of PROMPTS.jsonl is an object with a `prompt`; they must not be the demo's. Whole answers and early decisions
 get a threshold each, so that each escalates the share `--escalate`. Early ones are fitted on the answers that are

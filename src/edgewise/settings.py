@@ -177,7 +177,7 @@ class RouteSettings:
         None, _number(0, 1), "edge answers with a confidence below it go to the cloud", "--threshold"
     )
     policy: Path | None = _setting(
-        None, _path, "a policy file, or a directory of them; unset: the policy that ships", "--policy"
+        None, _path, "a policy file, or a directory of them; unset: the one that ships for these models", "--policy"
     )
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from edgewise.compress.lessons import answers, corpus
 from edgewise.compress.lessons.answers import prompts_of, written
-from edgewise.compress.lessons.corpus import Corpus, build
+from edgewise.compress.lessons.corpus import Corpus, build, learnt
 from edgewise.compress.lessons.documents import Document, Encoder, gathered
 from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.engines.decode import Decoder
@@ -66,14 +66,23 @@ def test_rows_are_the_documents_with_the_end_between(tmp_path: Path) -> None:
     assert (found.train.dtype, found.held_out.dtype, found.train.shape[1]) == (np.int32, np.int32, LENGTH)
     assert isinstance(found.train, np.memmap)
     assert not found.train.flags.writeable
-    learnt, held = documents_in(found.train), documents_in(found.held_out)
-    assert set(learnt[:-1]) | set(held[:-1]) <= set(given_texts)
-    assert len(learnt) + len(held) >= 97, "what is lost is the rest of a row at either end"
+    trained, held = documents_in(found.train), documents_in(found.held_out)
+    assert set(trained[:-1]) | set(held[:-1]) <= set(given_texts)
+    assert len(trained) + len(held) >= 97, "what is lost is the rest of a row at either end"
     facts = found.facts
     assert (facts.documents + facts.held_out_documents, facts.alike) == (100, 0)
     assert facts.tokens == found.train.size
     assert 8 < facts.held_out_documents < 35
     assert sorted(file.name for file in (tmp_path / "c").iterdir()) == ["corpus.json", "held_out.i32", "train.i32"]
+
+
+def test_what_was_learnt_from_can_be_told(tmp_path: Path) -> None:
+    given_texts = texts(100)
+    documents = [Document(text) for text in [*given_texts, given_texts[0].upper()]]
+    found = made(documents, tmp_path / "c", limit_tokens=40 * LENGTH)
+    said = [document.text for document in learnt(found.facts, {"here": documents})]
+    assert 0 < len(said) == found.facts.documents < 80
+    assert said[:-1] == documents_in(found.train)[: len(said) - 1]
 
 
 @settings(max_examples=12)

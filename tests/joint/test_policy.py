@@ -13,7 +13,7 @@ from edgewise.errors import ConfigError
 from edgewise.joint.core import Reason
 from edgewise.joint.judge import SignalsJudge
 from edgewise.joint.pair import Model, Pair
-from edgewise.joint.policy import Fitted, Forecast, Guarantee, Policy
+from edgewise.joint.policy import SHIPPED, Fitted, Forecast, Guarantee, Policy
 from edgewise.joint.signals.evidence import NAMES, Evidence
 from edgewise.joint.signals.text import LOOK
 
@@ -54,6 +54,28 @@ def test_the_document_shows_a_policy_and_names_every_signal_reason_and_key():
         names = [f"{part}.{key}" for key in value] if part in ("whole", "early", "edge", "cloud") else [part]
         for name in names:
             assert f"`{name}`" in DOCUMENT, name
+
+
+def test_the_policy_that_ships_is_that_of_the_models_here(tmp_path, monkeypatch):
+    fitted = [Pair(Model("small", "a" * 64), Model("big", None)), Pair(Model("small", "b" * 64), None)]
+    for number, pair in enumerate(fitted):
+        policy = msgspec.structs.replace(Policy.threshold(0.1 * (number + 1)), pair=pair)
+        (tmp_path / f"{number}.json").write_bytes(policy.to_json())
+    monkeypatch.setattr("edgewise.joint.policy.SHIPPED", tmp_path)
+
+    def threshold(edge: Model, cloud: Model | None) -> float:
+        return Policy.shipped(Pair(edge, cloud)).whole.threshold
+
+    assert threshold(Model("renamed", "a" * 64), None) == pytest.approx(0.1)
+    assert threshold(Model("small", "b" * 64), Model("any", None)) == pytest.approx(0.2)
+    default = Policy.default().whole.threshold
+    assert threshold(Model("small", "a" * 64), Model("another", None)) == default
+    assert threshold(Model("small", "c" * 64), None) == default
+
+
+def test_what_ships_can_be_read():
+    for file in SHIPPED.glob("*.json"):
+        assert Policy.open(file).pair is not None, file.name
 
 
 def test_it_comes_back_from_json_as_it_was():

@@ -172,7 +172,7 @@ def test_a_bundle_is_pulled_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_bundle_is_not_rounded_by_pull(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a bundle already.*edgewise quantize"):
+    with pytest.raises(UsageError, match=r"a bundle already.*edgewise quantize"):
         pull(str(bundle.path), home=tmp_path / "other", requantize="int4")
 
 

@@ -232,7 +232,7 @@ def _policy(settings: Settings) -> Policy | Policies:
     route = settings.route
     if route.policy is not None:
         return Policies(route.policy, _pair(settings))
-    return Policy.default() if route.threshold is None else Policy.threshold(route.threshold)
+    return Policy.shipped(_pair(settings)) if route.threshold is None else Policy.threshold(route.threshold)
 
 
 def _pair(settings: Settings) -> Pair:

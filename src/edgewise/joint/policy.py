@@ -16,14 +16,15 @@ from msgspec import Meta
 
 from edgewise.errors import ConfigError
 from edgewise.joint.judge import Judge, Part, SignalsJudge
-from edgewise.joint.pair import Pair, Sha256
+from edgewise.joint.pair import Pair, Sha256, mismatch
 from edgewise.joint.replay import SEEN_BYTES, Share
 from edgewise.joint.signals.answer import TOP_SIGNALS
 
 FORMAT: Final = 2
 CONFIDENCE: Final = 0.8  # of a network with logits, where nobody fitted a policy
 SIZE_LIMIT: Final = 4 << 20  # bytes; one without tables has less than 4096
-DEFAULT_FILE: Final = Path(__file__).with_name("default_policy.json")
+SHIPPED: Final = Path(__file__).with_name("shipped")  # policies that come with Edgewise
+DEFAULT_FILE: Final = SHIPPED / "default.json"
 
 InnerShare = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Millis = Annotated[float, Meta(gt=0.0, le=3_600_000.0)]
@@ -168,9 +169,15 @@ class Policy(Part, frozen=True):
 
     @staticmethod
     def default() -> Policy:
-        """The policy that ships with the package, fitted for the demo's edge model (`pair.edge`); another edge
-        escalates another share."""
+        """The policy for models that nobody fitted one for. Its threshold suits the model that it was found with
+        (`pair.edge`); another edge escalates another share."""
         return _default()
+
+    @staticmethod
+    def shipped(here: Pair) -> Policy:
+        """The policy that comes with Edgewise for these models, else the default."""
+        found = map(Policy.open, sorted(SHIPPED.glob("*.json")))
+        return next((policy for policy in found if mismatch(policy.pair, here) is None), _default())
 
     @staticmethod
     def threshold(threshold: float) -> Policy:

@@ -7,6 +7,7 @@ each has its side of the split by its hash, and rows are filled in the order of 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -133,6 +134,21 @@ def build(
     return Corpus.open(directory)
 
 
+def learnt(facts: Facts, sources: Mapping[str, Iterable[Document]]) -> list[Document]:
+    """The documents of `sources` that a corpus made of them has in its rows to learn from."""
+    found: dict[bytes, Document] = {}
+    for document in itertools.chain(*sources.values()):
+        other = found.get(document.likeness)
+        if other is None or document.digest < other.digest:
+            found[document.likeness] = document
+    places = sorted(found.values(), key=lambda document: document.digest)
+    return [document for document in places if not _held_out(document.family, facts.held_out)][: facts.documents]
+
+
+def _held_out(family: bytes, share: float) -> bool:
+    return int.from_bytes(family[:8], "big") < int(share * (1 << 64))
+
+
 def _there(directory: Path, same: Mapping[str, Any]) -> Corpus | None:
     if not (directory / FACTS).is_file():
         return None
@@ -196,10 +212,9 @@ class _Spool:
 def _sides(spool: _Spool, held_out: float) -> tuple[list[_Place], list[_Place]]:
     """What is learnt from and what is held out, each in the order of digests."""
     places = sorted(spool.places.values(), key=lambda place: place.digest)
-    limit = int(held_out * (1 << 64))
     sides: tuple[list[_Place], list[_Place]] = ([], [])
     for place in places:
-        sides[int.from_bytes(place.family[:8], "big") < limit].append(place)
+        sides[_held_out(place.family, held_out)].append(place)
     return sides
 
 

@@ -71,6 +71,11 @@ class Taught:
     facts: Facts
     _shards: dict[int, npt.NDArray[Any]]
 
+    @staticmethod
+    def open(directory: Path) -> Taught:
+        """What `teach` left there. SourceError if it is nothing of that kind."""
+        return Taught(directory, _facts(directory), {})
+
     def rows(self, at: IdArray) -> TopK:
         """Of the rows `at` int64 [b]: `ids` and `logprobs` are [b, length, k], `rest` [b, length]. The last position of
         a row foretells a token behind it. IndexError for rows that there are not."""

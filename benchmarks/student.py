@@ -1,0 +1,154 @@
+"""The default student: how fast beside its teacher, how near to it, and what its teacher's word was worth.
+
+    python benchmarks/student.py STUDENT TEACHER RUN BASELINE [--rounds 7] [--json]
+
+STUDENT and TEACHER are bundles under EDGEWISE_HOME; RUN and BASELINE the outputs of two runs of `edgewise distill` over
+the same rows, of which the second knew no teacher (alpha = 0). Decoding: turns of both bundles, each in a process of
+its own. Agreement: of both runs' float32 students with the teacher, row by row of what was held out, and the bundle's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewise.bench.measure import Measurement, figure, typed
+from edgewise.compress.judge.bundles import PROMPTS, judged
+from edgewise.compress.judge.kept import kept_ids
+from edgewise.compress.lessons.corpus import Corpus
+from edgewise.compress.lessons.teacher import Taught
+from edgewise.engines.decode import Decoder
+from edgewise.engines.load import loaded
+from edgewise.engines.together import answers, prompt_ids
+from edgewise.evaluate.interval import bootstrap
+from edgewise.models.store import find
+from edgewise.models.tokenizer import Tokenizer
+from edgewise.settings import load
+from edgewise.types import Request
+
+ROOT = Path(__file__).parents[1]
+PROMPT, NEW = "Tell me a long story about a lighthouse and the people who live near it.", 256
+TOGETHER = 8  # rows
+Array = np.ndarray[Any, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("teacher")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("baseline", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    if sys.argv[1:2] == ["--turn"]:
+        print(json.dumps(asyncio.run(turn(sys.argv[2]))))
+        return
+    args = parser.parse_args()
+    corpus = Corpus.open(args.run / "corpus")
+    if Corpus.open(args.baseline / "corpus").digest != corpus.digest:
+        raise SystemExit("the two runs are not over the same rows")
+    results = {
+        "decode": decoding(args.student, args.teacher, args.rounds),
+        "agreement": agreement(corpus, args.run, args.baseline),
+        "bundle": bundle(args.student, args.teacher, corpus),
+        "training": {"distilled": training(args.run), "text_alone": training(args.baseline)},
+    }
+    settings = {"new_tokens": NEW, "rounds": args.rounds, "held_out_rows": len(corpus.held_out)}
+    libraries = ["numpy", "torch", "transformers"]
+    taken = Measurement.taken(
+        "student", command=typed(__file__), results=results, libraries=libraries, settings=settings
+    )
+    path = taken.save(ROOT / "benchmarks" / "results")
+    print(path.read_text() if args.json else f"wrote {path.name}")
+
+
+async def turn(name: str) -> float:
+    """Tokens a second of one greedy answer of NEW tokens, whether it would end or not, after a short one."""
+    model, tokenizer = loaded(find(name, load().settings.home), slots=1)
+    decoder = Decoder(model, tokenizer, name=name)
+    try:
+        ids = prompt_ids(tokenizer, PROMPT, plain=False)
+        for new in (8, NEW):
+            began = time.perf_counter()
+            (answer,) = await answers(decoder, [Request(prompt_ids=ids, max_tokens=new, ignore_eos=True)], at_once=1)
+            took_s = time.perf_counter() - began
+        return len(answer.tokens) / took_s
+    finally:
+        await decoder.close()
+
+
+def decoding(student: str, teacher: str, rounds: int) -> dict[str, Any]:
+    taken: dict[str, list[float]] = {student: [], teacher: []}
+    for number in range(rounds):
+        for name in (student, teacher) if number % 2 else (teacher, student):
+            done = subprocess.run(
+                [sys.executable, __file__, "--turn", name], capture_output=True, check=True, text=True
+            )
+            taken[name].append(float(json.loads(done.stdout.splitlines()[-1])))
+    mine, its = (np.array(taken[name]) for name in (student, teacher))
+    return {
+        "student": figure(mine, "tok/s"),
+        "teacher": figure(its, "tok/s"),
+        "ratio": figure(mine / its, "1"),
+    }
+
+
+def agreement(corpus: Corpus, run: Path, baseline: Path) -> dict[str, Any]:
+    """How often each run's student would say what the teacher would, of all tokens that follow another in their row."""
+    directory = run / "taught" / "held_out"
+    best = Taught.open(directory).rows(np.arange(len(corpus.held_out))).ids[:, :-1, 0]
+    distilled, alone = (
+        (choices(path / "student", corpus.held_out)[:, :-1] == best).mean(axis=1) for path in (run, baseline)
+    )
+    return {
+        "tokens": best.size,
+        "distilled": interval(distilled),
+        "text_alone": interval(alone),
+        "gain": interval(distilled - alone),
+    }
+
+
+def choices(directory: Path, rows: Array) -> Array:
+    """A student's most probable next token at each position of rows [n, length]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        parts = [
+            model(torch.from_numpy(rows[at : at + TOGETHER].astype(np.int64))).logits.argmax(-1).numpy()
+            for at in range(0, len(rows), TOGETHER)
+        ]
+    return np.concatenate(parts)
+
+
+def bundle(student: str, teacher: str, corpus: Corpus) -> dict[str, Any]:
+    home = load().settings.home
+    here, there = find(student, home), find(teacher, home)
+    kept = kept_ids(Tokenizer.open(here.path), Tokenizer.open(there.path))
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
+    found = judged(here, there, corpus.held_out.astype(np.int64), kept=kept, prompts=prompts)
+    return {"bytes": here.bytes, "bytes_of_teacher": there.bytes, **found.facts()}
+
+
+def training(output: Path) -> dict[str, Any]:
+    log = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+    steps = [line for line in log if "loss" in line]
+    return {"steps": len(steps), "tokens": steps[-1]["tokens"], "hours": steps[-1]["elapsed_s"] / 3600}
+
+
+def interval(values: Array) -> dict[str, float]:
+    found = bootstrap(values)
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+if __name__ == "__main__":
+    main()
