@@ -1,10 +1,11 @@
 """The default student: how fast beside its teacher, how near to it, and what its teacher's word was worth.
 
-    python benchmarks/student.py STUDENT TEACHER RUN BASELINE [--rounds 7] [--json]
+    python benchmarks/student.py STUDENT TEACHER RUN BASELINE [--trials RUN…] [--rounds 7] [--json]
 
 STUDENT and TEACHER are bundles under EDGEWISE_HOME; RUN and BASELINE the outputs of two runs of `edgewise distill` over
 the same rows, of which the second knew no teacher (alpha = 0). Decoding: turns of both bundles, each in a process of
 its own. Agreement: of both runs' float32 students with the teacher, row by row of what was held out, and the bundle's.
+Of trials, shorter runs over those rows, what their logs say is taken down too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from edgewise.bench.measure import Measurement, figure, typed
+from edgewise.compress.distil import checkpoint
 from edgewise.compress.judge.bundles import PROMPTS, judged
 from edgewise.compress.judge.kept import kept_ids
 from edgewise.compress.lessons.corpus import Corpus
@@ -28,6 +30,7 @@ from edgewise.compress.lessons.teacher import Taught
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import loaded
 from edgewise.engines.together import answers, prompt_ids
+from edgewise.evaluate.chart import Axis, Line, chart
 from edgewise.evaluate.interval import bootstrap
 from edgewise.models.store import find
 from edgewise.models.tokenizer import Tokenizer
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("teacher")
     parser.add_argument("run", type=Path)
     parser.add_argument("baseline", type=Path)
+    parser.add_argument("--trials", type=Path, nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     if sys.argv[1:2] == ["--turn"]:
@@ -60,6 +64,7 @@ def main() -> None:
         "agreement": agreement(corpus, args.run, args.baseline),
         "bundle": bundle(args.student, args.teacher, corpus),
         "training": {"distilled": training(args.run), "text_alone": training(args.baseline)},
+        "trials": [training(trial) for trial in args.trials],
     }
     settings = {"new_tokens": NEW, "rounds": args.rounds, "held_out_rows": len(corpus.held_out)}
     libraries = ["numpy", "torch", "transformers"]
@@ -67,6 +72,7 @@ def main() -> None:
         "student", command=typed(__file__), results=results, libraries=libraries, settings=settings
     )
     path = taken.save(ROOT / "benchmarks" / "results")
+    path.with_suffix(".svg").write_text(plot(results["training"]), encoding="utf-8")
     print(path.read_text() if args.json else f"wrote {path.name}")
 
 
@@ -140,9 +146,33 @@ def bundle(student: str, teacher: str, corpus: Corpus) -> dict[str, Any]:
 
 
 def training(output: Path) -> dict[str, Any]:
+    """What a run's last checkpoint and its log say of it."""
+    last = checkpoint.latest(output / "checkpoints")
+    assert last is not None, f"{output} has no checkpoint"
+    state = checkpoint.read_state(last)
     log = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
     steps = [line for line in log if "loss" in line]
-    return {"steps": len(steps), "tokens": steps[-1]["tokens"], "hours": steps[-1]["elapsed_s"] / 3600}
+    return {
+        "run": output.name,
+        "config": state.facts,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "hours": steps[-1]["elapsed_s"] / 3600,
+        "held_out": [{"tokens": line["tokens"], **line["held_out"]} for line in log if "held_out" in line],
+    }
+
+
+def plot(runs: dict[str, Any]) -> str:
+    """Agreement with the teacher over tokens seen, with its word and without."""
+    names = {"teacher and text": "distilled", "text alone": "text_alone"}
+    keys = ("tokens", "top1_agreement")
+    lines = {
+        words: Line(*(np.array([look[key] for look in runs[name]["held_out"]], np.float64) for key in keys))
+        for words, name in names.items()
+    }
+    end = max(run["tokens"] for run in runs.values())
+    axis = Axis(end, [(end * part / 4, f"{end * part / 4e6:.1f} M") for part in range(5)])
+    return chart("edgewise-student", lines, axis, "top-1 agreement with its teacher (up) by tokens seen (across)")
 
 
 def interval(values: Array) -> dict[str, float]:

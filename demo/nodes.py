@@ -18,7 +18,7 @@ from prompts import DemoError
 DEMO = Path(__file__).resolve().parent
 HOME = DEMO.parent / ".cache" / "edgewise"  # kept, so that the second run is quick
 LOGS = DEMO / "logs"
-CLOUD_MODEL, EDGE_MODEL = "smollm2-135m", "smollm2-135m-int4"
+CLOUD_MODEL, EDGE_MODEL = "smollm2-135m", "edgewise-student"
 START_S, STOP_S = 120, 5
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -34,13 +34,12 @@ def environment() -> dict[str, str]:
 
 
 def pull_bundles() -> None:
-    """The honest pair: the exact model for the cloud, its int4 rounding (cheaper, visibly worse) for the edge."""
+    """A teacher for the cloud, and for the edge the student that was made of it."""
     listed = subprocess.run(edgewise("list", "--json"), env=environment(), stdout=subprocess.PIPE, check=True)
     here = {bundle["name"] for bundle in json.loads(listed.stdout)["bundles"]}
-    recipes: dict[str, list[str]] = {CLOUD_MODEL: [], EDGE_MODEL: ["--requantize", "int4", "--name", EDGE_MODEL]}
-    for name, flags in recipes.items():
+    for name in (CLOUD_MODEL, EDGE_MODEL):
         if name not in here:
-            command = edgewise("pull", CLOUD_MODEL, *flags)
+            command = edgewise("pull", name)
             if subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=False).returncode:
                 raise DemoError(f"the bundle {name} could not be made; the line above says why")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,22 @@ def test_generated_pages_are_up_to_date(code: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
     )
     assert done.stdout == "True\n", "run `make docs`"
+
+
+def test_what_pages_import_is_there() -> None:
+    lines = set()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.Import | ast.ImportFrom) and find_spec(imported(node).partition(".")[0]):
+                    lines.add(ast.unparse(node))
+    assert len(lines) > 5
+    done = subprocess.run([sys.executable, "-c", "\n".join(sorted(lines))], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> str:
+    return node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
 
 
 def test_make_has_the_five_habits_and_they_are_short() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -79,8 +80,9 @@ def test_without_anything_else_said(with_two: Cli) -> None:
 def test_for_a_reader(with_two: Cli, text: Path) -> None:
     told = with_two("evaluate", "small", "--against", "tiny", "--text", text, "--tokens", "100", "--max-tokens", "4")
     assert told.code == 0
-    for words in ("small (", "against tiny (", "KL to the teacher", "perplexity", "95 % interval", "bits per byte"):
+    for words in ("small (", "against tiny (", "KL to the teacher", "perplexity", "95 % interval"):
         assert words in told.out
+    assert re.search(r"bits per byte of text +\d\.\d{3} +\d\.\d{3} to \d\.\d{3}", told.out)
 
 
 @pytest.fixture
@@ -111,6 +113,8 @@ def test_networks(cli: Cli, nets: tuple[Path, Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("net.onnx", "--against", "net.onnx", "--tokens", "9"), "--tokens is not for one"),
+        (("net.onnx", "--against", "net.onnx", "--max-tokens", "9"), "--max-tokens is not for one"),
         (("tiny", "--against", "net.onnx"), "net.onnx is not for one"),
         (("net.onnx", "--against", "tiny"), "tiny is not for one"),
         (("net.onnx", "--against", "net.onnx"), "--inputs FILE.npz"),
@@ -133,6 +137,13 @@ def test_wrong_use(
     assert told.code == 2
     assert says in told.err
     assert told.err.count("\n") == 1
+
+
+def test_inputs_that_are_no_arrays(cli: Cli, nets: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", images(5))
+    for name, says in (("in.npy", "one array, which has no name"), ("none.npz", "no file of arrays")):
+        told = cli("evaluate", nets[0], "--against", nets[1], "--inputs", tmp_path / name)
+        assert (told.code, says in told.err) == (3, True), told.err
 
 
 def test_a_model_that_is_not_here(cli: Cli) -> None:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny import save_gguf, tiny
 
 RECIPE = '[calibration]\nwindows = 6\nlength = 40\n[mixed]\nchoices = ["int8", "int4"]\nwindows = 2\nlength = 32\n'
+TASKS = "\n".join(f'{{"prompt": "Is it so?", "choices": ["yes", "no"], "gold": {n}}}' for n in (0, 1))
 MATRICES = '[matrices]\n"*" = "int4"\n'
 
 
@@ -31,9 +32,14 @@ def recipe(path: Path, more: str) -> Path:
 
 def test_a_bundle_is_quantized_and_shown(cli: Cli, model: Path, home: Path, text: Path) -> None:
     file = recipe(home / "four.toml", MATRICES)
-    done = cli("quantize", model, "--recipe", file, "--calibration", text, "-o", "small", "--json")
+    tasks = home / "tasks.jsonl"
+    tasks.write_text(TASKS)
+    more = ("--calibration", text, "--tasks", tasks)
+    done = cli("quantize", model, "--recipe", file, *more, "-o", "small", "--json")
     assert done.code == 0, done.err
     facts = done.json
+    assert facts["bytes_source"] == model.stat().st_size
+    assert (facts["tasks"]["n"], facts["tasks"]["accuracy"], facts["tasks"]["accuracy_source"]) == (2, 0.5, 0.5)
     assert facts["bytes"] == sum(f.stat().st_size for f in (home / "bundles" / "small").rglob("[!.]*.*")) - _manifest(
         home
     )
@@ -44,10 +50,15 @@ def test_a_bundle_is_quantized_and_shown(cli: Cli, model: Path, home: Path, text
     assert facts["intervals"]["kl_mean"][0] <= facts["kl_mean"] <= facts["intervals"]["kl_mean"][1]
     shown = cli("show", "small", "--json").json
     assert shown["weights"] == "four"
-    assert shown["parity"]["kl_mean"] == facts["kl_mean"]
-    plain = cli("quantize", "small", "--recipe", "int8", "--calibration", text, "-o", home / "out")
+    assert shown["parity"] == {key: facts[key] for key in shown["parity"]}
+    assert set(shown["parity"]) >= {"kl_mean", "intervals", "tasks"}
+    plain = cli("quantize", "small", "--recipe", "int8", *more, "-o", home / "out")
     assert plain.code == 0, plain.err
-    assert "13 int8" in plain.out
+    for words in ("13 int8", "50.0% of 2 tasks, the source's 50.0%", f"the source's {facts['bytes'] / 1e6:.1f} MB"):
+        assert words in plain.out
+    itself = cli("quantize", "small", "--recipe", "int8", "--calibration", text, "-o", "small")
+    assert (itself.code, "small is the bundle that is quantized" in itself.err) == (2, True)
+    assert cli("show", "small", "--json").json == shown
 
 
 def _manifest(home: Path) -> int:
@@ -74,6 +85,12 @@ def test_wrong_use(cli: Cli, model: Path, home: Path, text: Path) -> None:
         (("net.onnx", "--recipe", "int8", "-o", "x.onnx"), 2, "qdq-int8"),
         (("net.onnx", "--recipe", "qdq-int8", "-o", "x.onnx"), 2, "--calibration"),
         (("net.onnx", "--recipe", "qdq-int8", "-o", "x", "--calibration", text), 2, "path of an .onnx"),
+        (("net.onnx", "--recipe", "qdq-int8", "-o", "x.onnx", "--budget", "9"), 2, "--budget is not for one"),
+        (("net.onnx", "--recipe", "qdq-int8", "-o", "x.onnx", "--tasks", text), 2, "--tasks is not for one"),
+        (("net.onnx", "--recipe", "qdq-int8", "-o", "x.onnx", "--accept-licence"), 2, "--accept-licence is not for"),
+        (("net.onnx", "--recipe", "qdq-int8", "-o", "x.onnx", "--calibration", text), 3, "no file of arrays"),
+        ((model, "--recipe", "int8", "-o", "x", "--tasks", text), 2, "line 1"),
+        ((model, "--recipe", "int8", "-o", "x", "--calibration", "none.txt"), 2, "none.txt cannot be read"),
         ((home / "none.gguf", "--recipe", "int8", "-o", "x"), 3, "there is no file"),
         ((model, "--recipe", "int8", "-o", "a name"), 2, "is no bundle name"),
     ):
@@ -100,7 +117,9 @@ def test_a_network_for_an_npu(cli: Cli, home: Path) -> None:
     assert (facts["calibrated_on"], facts["inputs"]) == (40, 10)
     assert facts["cosine"] > 0.999
     assert json.dumps(facts)
-    plain = cli(*call, "--recipe", "qdq-int8")
+    again = cli(*call, "--recipe", "qdq-int8")
+    assert (again.code, "q.onnx is there already" in again.err) == (2, True)
+    plain = cli(*call[:-1], home / "p.onnx", "--recipe", "qdq-int8")
     assert plain.code == 0
     assert "top1_agreement" in plain.out
 

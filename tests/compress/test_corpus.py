@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import random
 import tempfile
@@ -23,7 +24,7 @@ from edgewise.compress.lessons.corpus import Corpus, build, learnt
 from edgewise.compress.lessons.documents import Document, Encoder, gathered
 from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.engines.decode import Decoder
-from edgewise.engines.fake import FakeTokenizer, FakeTokenModel
+from edgewise.engines.fake import FakeGenerator, FakeTokenizer, FakeTokenModel
 from edgewise.errors import SourceError, StorageError, Unreachable, UsageError
 from edgewise.models.tokenizer import Config
 from edgewise.types import Message, Request
@@ -281,6 +282,9 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     [
         ('{"text": "a"}\n{"other": "b"}', "line 2 of .* is no JSON object with text: KeyError"),
         ('{"text": 5}', "line 1 of .* has '5' where a text is needed"),
+        ('{"text": null}', "line 1 of .* has 'None' where a text is needed"),
+        ('{"text": 0}', "line 1 of .* has '0' where a text is needed"),
+        ('{"text": "a \\ud800"}', "line 1 of .* where a text is needed"),
         ("[1]", "line 1"),
         ("nonsense", "line 1"),
         ("[" * 100_000, "line 1"),
@@ -298,6 +302,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("one\n\nzw\xf6lf".encode("latin-1"))
     with pytest.raises(SourceError, match=r"latin\.txt cannot be read behind line"):
         list(gathered(text=[tmp_path / "latin.txt"]).sources["latin.txt"])
+    data = bytearray(gzip.compress(random.Random(0).randbytes(4000).hex().encode()))
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "t.txt.gz").write_bytes(data)
+    with pytest.raises(SourceError, match=r"t\.txt\.gz cannot be read behind line"):
+        list(gathered(text=[tmp_path / "t.txt.gz"]).sources["t.txt.gz"])
     whole = write(tmp_path / "t.txt.gz", "x\n" * 9999, packed=True).read_bytes()
     (tmp_path / "t.txt.gz").write_bytes(whole[:-20])
     with pytest.raises(SourceError, match="plain or compressed"):
@@ -371,9 +380,20 @@ def test_answers_go_on_where_they_were_left(tmp_path: Path, monkeypatch: pytest.
     assert {document.cut for document in documents} == {row["cut"] for row in rows}
 
 
+def test_fewer_answers_than_there_are_is_a_no(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"prompt": "a", "answer": "b", "cut": false}\n' * 3)
+    call = {"format": 1, "generator": "g", "max_tokens": 4, "temperature": 0.0, "seed": 0}
+    call["prompts"] = hashlib.sha256(json.dumps(["a"]).encode()).hexdigest()
+    write(tmp_path / "a.jsonl.call.json", json.dumps(call))
+    with pytest.raises(UsageError, match="holds 3 answers already, 2 are wanted"):
+        written(FakeGenerator(name="g"), ["a"], file, count=2, at_once=1, max_tokens=4, temperature=0.0)
+
+
 def test_prompts_are_lines_or_jsonl(tmp_path: Path) -> None:
     assert prompts_of(write(tmp_path / "p.txt", "one\n\ntwo \none\n")) == ["one", "two"]
     assert prompts_of(write(tmp_path / "p.jsonl", '{"prompt": "a\\nb", "source": 1}\n')) == ["a\nb"]
-    for content, why in (("", "has no prompts"), ('{"p": 1}', "cannot be read"), ('{"prompt": 1}', "is 1, a text")):
+    assert prompts_of(write(tmp_path / "p.jsonl", '{"prompt": "a\u2028b"}\n')) == ["a\u2028b"]
+    wrong = {"": "has no prompts", '{"p": 1}': "cannot be read", '{"prompt": 1}': "is 1", '{"prompt": null}': "is None"}
+    for content, why in wrong.items():
         with pytest.raises(SourceError, match=why):
             prompts_of(write(tmp_path / "p.jsonl", content))

@@ -257,6 +257,21 @@ def test_narrow_logits_are_computed_in_float32() -> None:
     assert leaf.grad.dtype == torch.bfloat16
 
 
+def test_half_floats_keep_the_gradient_of_many_tokens() -> None:
+    """Of 4,000 tokens each gradient is below what half floats hold, were it divided by their number first."""
+    student, teacher = random(40, 101, VOCABULARY), random(40, 101, VOCABULARY, seed=1)
+    labels = torch.randint(0, VOCABULARY, (40, 101), generator=torch.Generator().manual_seed(0))
+    grads = []
+    for kind in (torch.float16, torch.float64):
+        leaf = student.half().to(kind).requires_grad_()
+        found = distillation_loss(leaf, teacher.half().to(kind), labels, causal=True)
+        (found.total * 2.0**16).backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad.double())
+    narrow, exact = grads
+    assert (narrow - exact).norm() < 1e-3 * exact.norm()
+
+
 # What is refused
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from distil_pieces import config
@@ -19,6 +21,7 @@ LOOKS = [
 FACTS = Facts(
     teacher="big",
     licence=None,
+    teachers_licence=None,
     parameters=1_234_567,
     vocabulary=300,
     documents=70,
@@ -63,6 +66,18 @@ def test_the_card_says_what_was_reached_and_where_nothing_is_known(tmp_path: Pat
     assert "| top-1 agreement | 0.0000 | 0.5000 |" in text
     assert "![loss](loss.svg)" in text
     assert f"{20_000 / (50 * 12):.2f} epochs" in text
+
+
+def test_the_card_says_whose_weights_they_are(tmp_path: Path) -> None:
+    made = config(tmp_path / "runs/small")
+    mine, its = replace(FACTS, licence="mit"), replace(FACTS, licence="mit", teachers_licence="apache-2.0")
+    assert "comes under the teacher's licence, mit" in card(made, mine, STEPS, [])
+    begun = msgspec.structs.replace(made, student=Student(start="begun"))
+    assert "other weights than its teacher's, under mit; its teacher comes under apache-2.0" in card(
+        begun, its, STEPS, []
+    )
+    anew = msgspec.structs.replace(made, student=Student(start="scratch"))
+    assert "began at random" in card(anew, its, STEPS, [])
 
 
 def test_the_card_tells_no_place_of_the_disk(tmp_path: Path) -> None:

@@ -136,6 +136,33 @@ def test_other_data_under_a_checkpoint_is_refused(place: Path, first: dict[str, 
     assert checkpoint.latest(place / "out/checkpoints") is not None
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("layers = 2", "layers = [0, 99]", "layers"),
+        ("layers = 2", "layers = 2\nhidden = 30", "hidden"),
+        ("top_k = 16", "top_k = 400", "loss.top_k is 400, the student has 300 tokens"),
+        ("length = 32", "length = 60000", "rows of 60000 tokens are wanted"),
+    ],
+)
+def test_sizes_that_there_are_not_are_refused_at_once(place: Path, old: str, new: str, why: str) -> None:
+    config = place / "sizes.toml"
+    config.write_text(CONFIG.replace('"out"', '"sizes"').replace(old, new))
+    with pytest.raises(Refused, match=rf"\(2, .*{why}"):
+        distilled(config)
+    assert not (place / "sizes/answers.jsonl").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_rows_of_the_one_before(place: Path, first: dict[str, Any]) -> None:
+    before = (place / "out/corpus/train.i32").read_bytes()
+    config = place / "longer.toml"
+    config.write_text(CONFIG.replace("length = 32", "length = 24"))
+    for flags in ((), ("--resume",)):
+        with pytest.raises(Refused, match=r"\(2, .*(holds a run already|data.length was 32 and is 24)"):
+            distilled(config, *flags)
+    assert (place / "out/corpus/train.i32").read_bytes() == before
+
+
 def test_cross_entropy_alone_sees_the_same_tokens(place: Path, first: dict[str, Any]) -> None:
     """The baseline: another alpha and nothing else. No teacher is asked about what is trained on."""
     config = place / "alone.toml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from edgewise.compress.judge.bundles import PROMPTS as PROMPTS_HERE
 from edgewise.compress.judge.bundles import TEXT, judged, windows
 from edgewise.compress.judge.kept import kept_ids
+from edgewise.compress.judge.texts import prompts
 from edgewise.engines.base import Row
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import local_model
 from edgewise.errors import EngineError, UsageError
 from edgewise.evaluate.divergence import Divergence, agreement_length
+from edgewise.evaluate.interval import Interval
 from edgewise.evaluate.perplexity import Perplexity
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
@@ -29,6 +33,7 @@ from pruned import LEFT_OUT, whole_and_part
 from tiny import VOCAB, save_gguf, save_hf, tiny
 
 TEXT_HERE = "The cat sat on a mat, and the dog did what dogs do: it barked at a bird. " * 12
+FIGURES = "kl_mean kl_p99 top1_agreement perplexity perplexity_source bits_per_byte bits_per_byte_source"
 PROMPTS = ["Why does bread rise?", "What is 17 plus 26?", "abc"]
 
 
@@ -136,10 +141,12 @@ def test_greedy_answers_agree_for_so_long(student: Bundle, teacher: Bundle) -> N
 def test_intervals_hold_their_figure_and_come_again(student: Bundle, teacher: Bundle) -> None:
     found, again = (judged(student, teacher, ids_of(student)) for _ in range(2))
     assert found == again
-    for name in ("kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_source"):
+    for name in FIGURES.split():
         interval = found.intervals[name]
         assert interval.low < interval.high, name
         assert interval.low <= getattr(found, name) <= interval.high, name
+    assert set(found.intervals) == {*FIGURES.split(), "perplexity_rise", "outside"}
+    assert found.intervals["outside"] == Interval(0.0, 0.0, 0.0)
 
 
 def test_windows_come_singly_or_many_at_once(student: Bundle, teacher: Bundle) -> None:
@@ -160,6 +167,9 @@ def test_a_part_of_the_vocabulary_costs_nothing_but_the_mass_outside(pair: tuple
     assert found.kl_mean == pytest.approx(0.0, abs=1e-5)
     assert found.top1_agreement == 1.0
     assert 0.001 < found.outside < 0.9
+    for name in ("outside", "bits_per_byte_source"):
+        interval = found.intervals[name]
+        assert interval.low < getattr(found, name) < interval.high, name
     assert found.perplexity < found.perplexity_source  # it gives its tokens what the teacher gives to others
     assert found.agreement_length is not None
     assert 0 <= found.agreement_length <= 8
@@ -248,6 +258,31 @@ def test_vocabularies_that_do_not_fit(pair: tuple[Bundle, Bundle]) -> None:
     ):
         with pytest.raises(UsageError, match="`kept` has the shape"):
             judged(part, whole, ids, kept=kept)
+
+
+def test_the_example_of_the_page_runs(student: Bundle, teacher: Bundle) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"student": student, "teacher": teacher, "text": TEXT_HERE}
+    names |= {f"{name}_tokenizer": Tokenizer.open(names[name].path) for name in ("student", "teacher")}
+    exec(example, names)
+    assert names["judgement"] == judged(student, teacher, windows(names["student_tokenizer"], TEXT_HERE))
+
+
+def test_prompts_are_lines_of_text_or_of_jsonl(tmp_path: Path) -> None:
+    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_text("One?\n\n Two\u2028halves? \n")
+    assert prompts(plain) == ["One?", " Two\u2028halves? "]
+    lines.write_text('{"prompt": "Two\u2028halves\x85?", "by": 1}\r\n\n{"prompt": "abc"}')
+    assert prompts(lines) == ["Two\u2028halves\x85?", "abc"]
+    assert len(prompts(PROMPTS_HERE)) == 16
+
+
+@pytest.mark.parametrize("line", ['{"prompt": null}', '{"prompt": 3}', "{}", "[1]", '"prompt"', "{", "[" * 100_000])
+def test_prompts_that_are_none(tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n' + line)
+    with pytest.raises(UsageError, match=r"line 2 is no JSON object with a `prompt`"):
+        prompts(tmp_path / "p.jsonl")
 
 
 def test_a_text_too_short(student: Bundle) -> None:

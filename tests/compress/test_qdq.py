@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgewise.compress.quantize.qdq import quantize_net, read_inputs
+from edgewise.compress.judge.nets import read_inputs, size
+from edgewise.compress.quantize.qdq import quantize_net
 from edgewise.engines.onnx_net import OnnxNet
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
 
@@ -81,6 +82,52 @@ async def test_the_file_is_a_network_like_any_other(tmp_path: Path) -> None:
         await net.close()
 
 
+@pytest.mark.parametrize(("rows", "count"), [(4, 15), (8, 20)])
+def test_a_fixed_number_of_inputs_is_filled_up(rows: int, count: int, tmp_path: Path) -> None:
+    """To whole batches: all inputs calibrate or judge, and those that fill up count for nothing."""
+    data = images(count)
+    free, fixed = (
+        quantize_net(network(tmp_path / f"{n}.onnx", n), tmp_path / f"{n}-8.onnx", data, activation_bits=8)
+        for n in ("rows", rows)
+    )
+    held = count // 5
+    assert (fixed.calibrated_on, fixed.inputs) == (free.calibrated_on, free.inputs) == (count - held, held)
+    for name in ("max_abs", "cosine", "top1_agreement"):  # the same ranges, so the same network, judged on the same
+        assert getattr(fixed, name) == pytest.approx(getattr(free, name), abs=1e-5)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    source = network(tmp_path / "net.onnx")
+    before = source.read_bytes()
+    with pytest.raises(UsageError, match=r"net\.onnx is there already"):
+        quantize_net(source, source, images(), activation_bits=8)
+    assert source.read_bytes() == before
+    (tmp_path / "linked.onnx").symlink_to(source)
+    with pytest.raises(UsageError, match=r"linked\.onnx is there already"):
+        quantize_net(source, tmp_path / "linked.onnx", images(), activation_bits=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linked.onnx", "net.onnx"]
+
+
+def test_the_source_is_as_large_as_all_its_files(tmp_path: Path) -> None:
+    model = onnx.load(network(tmp_path / "whole.onnx"))
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=1024)
+    found = quantize_net(tmp_path / "net.onnx", tmp_path / "8.onnx", images(), activation_bits=8)
+    sizes = [(tmp_path / name).stat().st_size for name in ("net.onnx", "net.data")]
+    assert found.bytes_source == size(tmp_path / "net.onnx") == sum(sizes)
+    assert found.bytes == size(tmp_path / "8.onnx") < sizes[1]
+
+
+def test_a_network_that_cannot_be_compared_leaves_no_file(tmp_path: Path) -> None:
+    model = onnx.load(network(tmp_path / "net.onnx"))
+    model.graph.node.append(helper.make_node("ArgMax", ["logits"], ["best"], axis=1))
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("best", TensorProto.INT64, ["rows", 1]))
+    onnx.save(model, tmp_path / "best.onnx")
+    with pytest.raises(UnsupportedModel, match="no floating output"):
+        quantize_net(tmp_path / "best.onnx", tmp_path / "8.onnx", images(), activation_bits=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.onnx", "net.onnx"]
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     source, out = network(tmp_path / "net.onnx"), tmp_path / "out.onnx"
     refused = [
@@ -102,6 +149,16 @@ def test_inputs_are_arrays_without_code(tmp_path: Path) -> None:
     assert read_inputs(tmp_path / "a.npz")["image"].shape == (7, 3, SIZE, SIZE)
     np.savez(tmp_path / "b.npz", image=np.array([{"a": 1}], dtype=object))
     (tmp_path / "c.npz").write_bytes(b"PK nothing")
-    for name in ("b.npz", "c.npz", "d.npz"):
+    whole = (tmp_path / "a.npz").read_bytes()
+    for name, data in {"e": whole[:1000], "f": b"", "g": whole[:1000] + b"?" + whole[1001:]}.items():
+        (tmp_path / f"{name}.npz").write_bytes(data)
+    np.savez_compressed(tmp_path / "h.npz", **images(7))
+    packed = bytearray((tmp_path / "h.npz").read_bytes())
+    packed[100:200] = bytes(100)
+    (tmp_path / "h.npz").write_bytes(packed)
+    for name in "bcdefgh":  # there is no d
         with pytest.raises(SourceError, match="no file of arrays"):
-            read_inputs(tmp_path / name)
+            read_inputs(tmp_path / f"{name}.npz")
+    np.save(tmp_path / "alone.npy", images(7)["image"])
+    with pytest.raises(SourceError, match="one array, which has no name"):
+        read_inputs(tmp_path / "alone.npy")

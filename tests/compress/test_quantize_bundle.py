@@ -10,14 +10,17 @@ import gguf
 import numpy as np
 import pytest
 
+from edgewise.compress.judge.tasks import Task, accuracy
+from edgewise.compress.quantize import calibration, mixed
 from edgewise.compress.quantize.bundle import Quantization, quantize
-from edgewise.compress.quantize.calibration import of_text
+from edgewise.compress.quantize.calibration import JUDGED, of_text
 from edgewise.compress.quantize.recipe import BUILT_IN, Recipe, of, read
 from edgewise.engines import native_lm
 from edgewise.engines.base import Row
 from edgewise.engines.native_lm import NativeLM
 from edgewise.engines.onnx_lm import OnnxLM
 from edgewise.errors import BundleError, ConfigError, LicenceError, OverBudget, UsageError
+from edgewise.models import download
 from edgewise.models.bundle import MANIFEST, Bundle
 from edgewise.models.source import pull
 from edgewise.models.store import find, list_bundles
@@ -76,6 +79,8 @@ def test_figures_stand_in_the_manifest_and_are_in_order(made: dict[str, Quantiza
         judgement = made[name].judgement
         assert manifest.parity["kl_mean"] == judgement.kl_mean
         assert set(manifest.parity) >= {"kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_source"}
+        assert manifest.parity["intervals"]["kl_mean"] == judgement.facts()["intervals"]["kl_mean"]
+        assert manifest.parity["tasks"] is None
         assert manifest.quantization["weights"] == name
         assert manifest.quantization["matrices"]["layer0.down"] == made[name].precisions["layer0.down"]
         assert manifest.quantization["recipe"]["method"] == BUILT_IN[name].method
@@ -139,6 +144,58 @@ def test_the_source_may_be_a_bundle_or_a_gguf(home: Path, tmp_path: Path) -> Non
     assert one.judgement.kl_mean == two.judgement.kl_mean
 
 
+def test_a_bundle_that_comes_with_edgewise_is_a_source_too(
+    hf: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = pull(str(hf), home=tmp_path, name="student")
+    monkeypatch.setitem(download.SHIPPED, "edgewise-student", shipped.path)
+    found = quantize("edgewise-student", "of-alias", small("int4"), home=home, recipe_name="int4", text=TEXT)
+    origin = found.bundle.manifest.source
+    assert (origin["kind"], origin["origin"], origin["weights"]) == ("bundle", "edgewise-student", shipped.weights)
+    assert found.bytes_source == shipped.bytes
+    assert (
+        found.bundle.weights
+        == quantize(
+            str(shipped.path), "of-path", small("int4"), home=home, recipe_name="int4", text=TEXT
+        ).bundle.weights
+    )
+
+
+def test_the_source_is_not_replaced_and_others_are(hf: Path, home: Path, tmp_path: Path) -> None:
+    bundle = pull(str(hf), home=home, name="itself")
+    for source in ("itself", str(bundle.path)):
+        with pytest.raises(UsageError, match="itself is the bundle that is quantized"):
+            quantize(source, "itself", small("int4"), home=home, recipe_name="int4", text=TEXT)
+    assert find("itself", home).manifest.parity == {}
+    pull(str(hf), home=home, name="another")
+    quantize("itself", "another", small("int4"), home=home, recipe_name="int4", text=TEXT)
+    assert find("another", home).manifest.quantization["weights"] == "int4"
+
+
+def test_both_models_are_asked_the_tasks(hf: Path, home: Path) -> None:
+    tasks = [Task("Is it so?", gold, ("yes", "no")) for gold in (0, 1)] + [Task("What?", "nothing that it says")]
+    four, exact = (
+        quantize(str(hf), f"asked-{name}", recipe, home=home, recipe_name=name, text=TEXT, tasks=tasks)
+        for name, recipe in (
+            ("four", small("int4")),
+            ("exact", small("int4", activations="fp32", method="nearest", matrices={"*": "exact"})),
+        )
+    )
+    assert four.accuracy == accuracy(four.bundle, exact.bundle, tasks, max_tokens=48)
+    facts = find("asked-four", home).manifest.parity["tasks"]
+    assert (facts["n"], facts["accuracy"], facts["accuracy_source"]) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert facts["intervals"]["gain"] == [four.accuracy.gain.low, four.accuracy.gain.high]
+
+
+def test_the_size_of_the_source(made: dict[str, Quantization], hf: Path, home: Path, tmp_path: Path) -> None:
+    files = [file for file in hf.iterdir() if file.suffix in (".safetensors", ".json", ".jinja")]
+    assert made["int8"].bytes_source == sum(file.stat().st_size for file in files) > 300_000
+    file = save_gguf(tiny("llama"), tmp_path / "size.gguf", gguf.GGMLQuantizationType.Q8_0)
+    found = quantize(str(file), "of-file", small("int4"), home=home, recipe_name="int4", text=TEXT)
+    assert found.bytes_source == file.stat().st_size
+    assert found.accuracy is None
+
+
 def test_exact_is_the_source(home: Path, hf: Path) -> None:
     recipe = Recipe(1, activations="fp32", matrices={"*": "exact"}, calibration=small("int4").calibration)
     found = quantize(str(hf), "exact", recipe, home=home, recipe_name="mine", text=TEXT)
@@ -171,12 +228,34 @@ def test_calibration_and_judging_share_no_window(hf: Path, made: dict[str, Quant
     tokenizer = Tokenizer.open(made["int8"].bundle.path)
     rows, held = of_text(tokenizer, TEXT, 10, 48)
     assert rows.shape == (10, 48)
-    assert held.shape == (10, 48)
+    assert held.shape == (JUDGED, 48)
     everything = tokenizer.encode(TEXT)
     starts = {tuple(everything[at : at + 48]): at for at in range(0, len(everything) - 47, 48)}
     places = [starts[tuple(row)] // 48 for row in (*rows.tolist(), *held.tolist())]
     assert {place % 2 for place in places[:10]} == {0}
     assert {place % 2 for place in places[10:]} == {1}
+    for those in (places[:10], places[10:]):  # from one end of the text to the other
+        assert those == sorted(set(those))
+        assert (those[0] < 2, those[-1] > len(starts) - 3) == (True, True)
+
+
+@pytest.mark.parametrize("windows", [2, 40])
+def test_the_recipe_does_not_say_what_is_judged_on(hf: Path, made: dict[str, Quantization], windows: int) -> None:
+    tokenizer = Tokenizer.open(made["int8"].bundle.path)
+    assert np.array_equal(of_text(tokenizer, TEXT, windows, 48)[1], of_text(tokenizer, TEXT, 8, 48)[1])
+    assert made["int8"].judgement.windows == JUDGED
+
+
+def test_costs_are_measured_from_one_end_of_the_text_to_the_other(
+    hf: Path, home: Path, made: dict[str, Quantization], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = mixed.options
+    monkeypatch.setattr(mixed, "options", lambda model, ids, *rest: seen.append(ids) or real(model, ids, *rest))
+    quantize(str(hf), "spread", small("mixed"), home=home, recipe_name="mixed", text=TEXT, budget_bytes=1 << 30)
+    rows, _ = of_text(Tokenizer.open(made["int8"].bundle.path), TEXT, 8, 48)
+    assert np.array_equal(seen[0], rows[[0, 4, 7], :32])
+    assert np.array_equal(calibration.spread(rows, 9), rows)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +267,8 @@ def test_calibration_and_judging_share_no_window(hf: Path, made: dict[str, Quant
         ("format = 1\nspeed = 1", "speed"),
         ("format = 1\n[gptq]\ndamping = 0", "damping"),
         ("format = 1\n[mixed]\nchoices = []", "choices"),
+        ("format = 1\n[mixed]\nwindows = 65", r"mixed\.windows 65 and calibration\.windows 64"),
+        ("format = 1\n[mixed]\n[calibration]\nlength = 64", r"mixed\.length 128 and calibration\.length 64"),
         ("format = ", "is no recipe"),
     ],
 )

@@ -191,6 +191,16 @@ def test_a_file_cut_short_is_found(bundle: Bundle, rows: np.ndarray, tmp_path: P
             found.rows(np.array([row]))
 
 
+def test_more_files_than_a_process_may_hold_open(bundle: Bundle, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, VOCAB, (40, 8), dtype=np.int32)
+    found = teach(bundle, rows, K, tmp_path)
+    assert len([*tmp_path.glob("*.taught")]) > 3
+    before = len(os.listdir("/proc/self/fd"))
+    told = found.rows(np.arange(len(rows)))
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert told.ids.shape == (40, 8, K)
+
+
 def test_a_full_disk_leaves_what_is_whole(
     bundle: Bundle, rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,8 +120,8 @@ def test_what_is_used_stays(files: TokenizerFiles) -> None:
     kept = set(smaller(files, 700).kept.tolist())
     by_chance = np.random.default_rng(0).permutation(counts)  # worth something else
     assert sum(counted(pruned(files, by_chance, 700).files, TEXTS)) > lengths[2]
-    unused = [id for id in kept if not counts[id]]
-    assert len(unused) < len(kept)
+    used = set(np.flatnonzero(counts).tolist())
+    assert len(used & kept) > 0.9 * min(len(used), len(kept) - 258)
 
 
 def test_a_token_costs_its_count(tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ import gguf
 import numpy as np
 import pytest
 
+from edgewise.cli.main import run
 from edgewise.engines.base import Row
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import local_model
 from edgewise.errors import UsageError
 from edgewise.evaluate.divergence import log_softmax
 from edgewise.joint import record as module
-from edgewise.joint.record import PIECE, TOO_LONG, WITHIN, Plan, Question, Recording, questions, record
-from edgewise.joint.record_file import RecordFile
+from edgewise.joint.record import PIECE, TOO_LONG, WITHIN, Question, Recording, questions, record
+from edgewise.joint.record_file import Plan, RecordFile
 from edgewise.joint.replay import Replay
 from edgewise.models.bundle import Bundle
 from edgewise.models.source import pull
@@ -57,8 +58,11 @@ def ask(count: int, **keys: Any) -> Asked:
     return [(f"q{n}", Question(f"Is {n} a number?", **keys)) for n in range(count)]
 
 
-def made(edge: Bundle, cloud: Bundle, asked: Asked, path: Path, *, resume: bool = False, **plan: Any) -> Recording:
-    return asyncio.run(record(edge, cloud, asked, path, Plan(max_tokens=NEW, **plan), resume=resume))
+def made(
+    edge: Bundle, cloud: Bundle, asked: Asked, path: Path, limit: int | None = None, resume: bool = False, **plan: Any
+) -> Recording:
+    put = Plan(**{"max_tokens": NEW, **plan})
+    return asyncio.run(record(edge, cloud, asked, path, put, limit=limit, resume=resume))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -192,7 +196,8 @@ def test_killed_and_gone_on(edge: Bundle, cloud: Bundle, tmp_path: Path) -> None
     code = f"""
 import asyncio
 from pathlib import Path
-from edgewise.joint.record import Plan, questions, record
+from edgewise.joint.record import questions, record
+from edgewise.joint.record_file import Plan
 from edgewise.models.bundle import Bundle
 models = (Bundle.open(Path(one)) for one in ({str(edge.path)!r}, {str(cloud.path)!r}))
 asyncio.run(record(*models, questions(Path({str(prompts)!r})), Path({str(path)!r}), Plan(max_tokens={NEW})))
@@ -220,14 +225,132 @@ def test_a_file_of_something_else_is_left_alone(edge: Bundle, cloud: Bundle, tmp
         made(edge, cloud, ask(2), path)
     with pytest.raises(UsageError, match="answers of other models"):
         made(cloud, cloud, ask(2), path, resume=True)
-    with pytest.raises(UsageError, match="answers to other prompts"):
-        made(edge, cloud, [("q1", Question("Something else?"))], path, resume=True)
+    with pytest.raises(UsageError, match="answers to other prompts, 'q1' among them"):
+        made(edge, cloud, [("q0", ask(1)[0][1]), ("q1", Question("Something else?"))], path, resume=True)
+    with pytest.raises(UsageError, match="answers to other prompts, 'q0' among them"):
+        made(edge, cloud, [("x0", Question("Is 0 a number?")), ("x1", Question("Is 7?"))], path, resume=True)
     assert path.read_bytes() == data
-    for name, content in (("a.jsonl", b"no JSON"), ("b.jsonl", b"no JSON\n"), ("c.jsonl.gz", b"no gzip")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match="is no recording"):
-            RecordFile(tmp_path / name, resume=True)
-        assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b"no JSON"),
+        ("a.jsonl", b"no JSON\n"),
+        ("a.jsonl", b'{"prompt": "of someone, and no line end"}'),
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.jsonl.gz", b'{"id":"q0"'),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-5]),
+    ],
+    ids=["text", "lines", "one line", "text as gzip", "a row as gzip", "others' gzip", "others' gzip, torn"],
+)
+def test_what_is_no_recording_is_left_alone(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match="is no recording"):
+        RecordFile(tmp_path / name, resume=True)
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changed", "its"),
+    [
+        ({"max_tokens": 2}, "--max-tokens 2 --longest 512 --judge auto"),
+        ({"longest": 99}, f"--max-tokens {NEW} --longest 99 --judge auto"),
+        ({"plain": True}, f"--max-tokens {NEW} --longest 512 --judge auto --plain"),
+        ({"judge": "teacher"}, f"--max-tokens {NEW} --longest 512 --judge teacher"),
+    ],
+)
+def test_a_file_is_of_one_plan(edge: Bundle, cloud: Bundle, tmp_path: Path, changed: dict[str, Any], its: str) -> None:
+    path = tmp_path / "r.jsonl"
+    made(edge, cloud, ask(2), path)
+    data = path.read_bytes()
+    plan = {"max_tokens": NEW, "longest": 512, "plain": False, "judge": "auto"}
+    assert [row["plan"] for row in rows(path)] == [plan, plan]
+    with pytest.raises(UsageError) as refused:
+        made(edge, cloud, ask(4), path, resume=True, **changed)
+    assert f"by `--max-tokens {NEW} --longest 512 --judge auto`; these would be by `{its}`" in str(refused.value)
+    assert path.read_bytes() == data
+    assert made(edge, cloud, ask(4), path, resume=True).new == 2
+    assert len(Replay.open(path)) == 4
+
+
+def test_rows_of_no_plan_are_not_gone_on_from(edge: Bundle, cloud: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    made(edge, cloud, ask(2), path)
+    path.write_text("".join(json.dumps({**row, "plan": None}) + "\n" for row in rows(path)))
+    with pytest.raises(UsageError, match="by a plan that it does not name; these would be by `--max-tokens 10 "):
+        made(edge, cloud, ask(2), path, resume=True)
+    assert len(Replay.open(path)) == 2
+
+
+def test_a_shorter_recording_becomes_a_longer_one(edge: Bundle, cloud: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    counts = [
+        (found.before, found.new)
+        for limit in (2, 5, 3, None)
+        for found in [made(edge, cloud, ask(8), path, limit=limit, resume=True)]
+    ]
+    assert counts == [(0, 2), (2, 3), (5, 0), (5, 3)]
+    assert [row["id"] for row in rows(path)] == [f"q{n}" for n in range(8)]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
+def test_a_torn_piece_stays_until_the_file_is_known_to_fit(
+    edge: Bundle, cloud: Bundle, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE", 3)
+    path = tmp_path / name
+    made(edge, cloud, ask(3), path)
+    whole = path.read_bytes()
+    made(edge, cloud, ask(6), path, resume=True)
+    torn = path.read_bytes()[: len(whole) + 25]
+    path.write_bytes(torn)
+    with pytest.raises(UsageError, match="of other models"):
+        made(cloud, cloud, ask(6), path, resume=True)
+    with pytest.raises(UsageError, match="these would be by"):
+        made(edge, cloud, ask(6), path, resume=True, max_tokens=2)
+    with pytest.raises(UsageError, match="no room for a prompt"):
+        made(edge, cloud, ask(6), path, resume=True, max_tokens=256)
+    assert path.read_bytes() == torn
+    assert made(edge, cloud, ask(6), path, limit=3, resume=True).new == 0
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("piece", range(3))
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
+def test_no_whole_piece_behind_a_damaged_one_is_cut_off(
+    edge: Bundle, cloud: Bundle, tmp_path: Path, piece: int, place: float
+) -> None:
+    path, ends = tmp_path / "r.jsonl.gz", [0]
+    for count in (2, 4, 6):
+        made(edge, cloud, ask(count), path, resume=True)
+        ends.append(path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[ends[piece] + int(place * (ends[piece + 1] - ends[piece]))] ^= 0xFF
+    path.write_bytes(data)
+    if piece == 2:  # nothing tells it from one that was torn
+        assert made(edge, cloud, ask(6), path, resume=True).new == 2
+        assert [row["id"] for row in rows(path)] == [f"q{n}" for n in range(6)]
+        return
+    with pytest.raises(UsageError, match=f"is damaged behind its byte {ends[piece]}, and whole rows follow"):
+        made(edge, cloud, ask(6), path, resume=True)
+    assert path.read_bytes() == data
+
+
+def test_without_room_for_a_prompt_there_is_no_file(
+    edge: Bundle, cloud: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEWISE_HOME", str(tmp_path))
+    prompts, path = tmp_path / "p.jsonl", tmp_path / "log" / "r.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": question.prompt}) + "\n" for _, question in ask(3)))
+    call = ["record", str(prompts), "--edge", str(edge.path), "--cloud", str(cloud.path), "-o", str(path)]
+    for most, says in ((256, "allowed are up to 255"), (255, "all 3 prompts are longer than 512 tokens")):
+        assert run([*call, "--max-tokens", str(most)]) == 2
+        assert says in capsys.readouterr().err
+        assert not path.exists()
+    assert run([*call, "--max-tokens", str(NEW)]) == 0
+    assert len(rows(path)) == 3
 
 
 def test_prompts_are_read_once_each_and_drawn(tmp_path: Path) -> None:
@@ -239,10 +362,10 @@ def test_prompts_are_read_once_each_and_drawn(tmp_path: Path) -> None:
     assert len(every) == 51
     assert every["own"].right == ["a", "b"]
     assert every["1"].right == "yes"
-    few, more = questions(path, limit=10), questions(path, limit=20)
-    assert more[:10] == few == questions(path, limit=10)
-    assert [name for name, _ in few] != [str(n) for n in range(1, 11)]
-    assert questions(path, limit=10, seed=1) != few
+    drawn = questions(path)
+    assert drawn == questions(path)
+    assert [name for name, _ in drawn] != [*map(str, range(1, 51)), "own"]
+    assert questions(path, seed=1) != drawn
 
 
 def test_a_long_completion_is_no_gold() -> None:
@@ -260,6 +383,9 @@ def test_a_long_completion_is_no_gold() -> None:
         ('{"prompt": "a"}\n{"text": "b"}', "line 2"),
         ("[]", "line 1"),
         ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}', "a second time"),
+        ('{"prompt": "a"}\n{"prompt": "b", "gold": []}', r"line 2: `gold` is \[\], and no answer would be right"),
+        ('{"prompt": "a", "gold": ""}', "line 1: `gold` is ''"),
+        ('{"prompt": "a", "gold": ["yes", " "]}', r"line 1: `gold` is \['yes', ' '\]"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, text: str, says: str) -> None:

@@ -25,6 +25,7 @@ from edgewise.errors import (
     UsageError,
 )
 from edgewise.models.bundle import MANIFEST, Bundle
+from edgewise.models.download import SHIPPED
 from edgewise.models.source import pull
 from edgewise.models.store import find, list_bundles, making, remove
 from tiny import save_gguf, save_hf, tiny
@@ -169,6 +170,14 @@ def test_a_bundle_is_pulled_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
     Bundle.open(copy.path)
     assert not (copy.path / ".packed.bin").exists()
     assert pull(str(bundle.path), home=tmp_path / "other").name == "tiny"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_comes_with_edgewise_is_pulled_by_its_name(name: str, tmp_path: Path) -> None:
+    found = pull(name, home=tmp_path)
+    assert found.name == found.manifest.name == name
+    assert found.bytes <= 30_000_000
+    Bundle.open(found.path)
 
 
 def test_a_bundle_is_not_rounded_by_pull(bundle: Bundle, tmp_path: Path) -> None:

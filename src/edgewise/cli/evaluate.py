@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,16 +12,7 @@ from edgewise.cli.output import columns, megabytes, progress, result
 from edgewise.errors import UsageError
 from edgewise.settings import load
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    import numpy.typing as npt
-
-    Arrays = Mapping[str, npt.NDArray[np.generic]]
-
 TOKENS = 16384
-ANSWER = 48
 NETWORK = ".onnx"
 LABELS = "labels"
 
@@ -36,7 +27,9 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="what both foretell; unset: some prose of 2,000 tokens")
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="of the text, at most")] = TOKENS,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help=f"of the text, at most; unset: {TOKENS:,}")
+    ] = None,
     window: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="tokens of a window; unset: 256, fewer for a short text")
     ] = None,
@@ -44,7 +37,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="JSONL with a `prompt` a line, or plain lines, to answer; unset: some 16"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="longest answer, in tokens")] = ANSWER,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="longest answer, in tokens; unset: 48")
+    ] = None,
     tasks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSONL of questions with `gold`, and with `choices` or without")
     ] = None,
@@ -66,7 +61,15 @@ def evaluate(
     """How far a model is from its teacher: KL, top-1 agreement, perplexity, how long greedy answers agree, accuracy.
 
     Both run on our own engine, on the same tokens. Intervals are of 95 %. Downloads nothing."""
-    languages = {"--text": text, "--window": window, "--prompts": prompts, "--tasks": tasks, "--plain": plain or None}
+    languages = {
+        "--text": text,
+        "--tokens": tokens,
+        "--window": window,
+        "--prompts": prompts,
+        "--max-tokens": max_tokens,
+        "--tasks": tasks,
+        "--plain": plain or None,
+    }
     networks = {"--inputs": inputs, "--labels": labels}
     is_network = model.lower().endswith(NETWORK)
     wrong = [flag for flag, value in (languages if is_network else networks).items() if value is not None]
@@ -89,14 +92,15 @@ def _bundles(
     against: str,
     home: Path,
     text: Path | None,
-    tokens: int,
+    tokens: int | None,
     window: int | None,
     prompts: Path | None,
-    max_tokens: int,
+    max_tokens: int | None,
     tasks: Path | None,
     plain: bool,
 ) -> dict[str, Any]:
-    from edgewise.compress.judge.bundles import PROMPTS, TEXT, judged, windows
+    from edgewise.compress.judge import texts
+    from edgewise.compress.judge.bundles import ANSWER, PROMPTS, TEXT, judged, windows
     from edgewise.compress.judge.kept import kept_ids
     from edgewise.compress.judge.tasks import accuracy, read
     from edgewise.models.store import find
@@ -105,15 +109,15 @@ def _bundles(
     student, teacher = find(model, home, check=False), find(against, home, check=False)
     questions = None if tasks is None else read(tasks)
     tokenizer = Tokenizer.open(student.path)
-    ids = windows(tokenizer, _read(text or TEXT), tokens=tokens, length=window)
+    ids = windows(tokenizer, texts.text(text or TEXT), tokens=tokens or TOKENS, length=window)
     kept = kept_ids(tokenizer, Tokenizer.open(teacher.path))
-    asked = _prompts(prompts or PROMPTS)
+    asked, longest = texts.prompts(prompts or PROMPTS), max_tokens or ANSWER
     with progress() as show:
-        found = judged(student, teacher, ids, kept=kept, prompts=asked, plain=plain, max_tokens=max_tokens, show=show)
+        found = judged(student, teacher, ids, kept=kept, prompts=asked, plain=plain, max_tokens=longest, show=show)
         solved = (
             None
             if questions is None
-            else accuracy(student, teacher, questions, plain=plain, max_tokens=max_tokens, show=show)
+            else accuracy(student, teacher, questions, plain=plain, max_tokens=longest, show=show)
         )
     return {
         "model": student.name,
@@ -129,11 +133,11 @@ def _bundles(
 
 
 def _networks(model: Path, against: Path, inputs: Path | None, labels: str | None, as_json: bool) -> None:
-    from edgewise.compress.judge.nets import judged_nets, size
+    from edgewise.compress.judge.nets import judged_nets, read_inputs, size
 
     if inputs is None:
         raise UsageError("two networks are held against each other on inputs", hint="name them: --inputs FILE.npz")
-    arrays = dict(_arrays(inputs))
+    arrays = read_inputs(inputs)
     if labels is not None and labels not in arrays:
         raise UsageError(f"{inputs} has no array {labels!r}", hint=f"it has {', '.join(arrays)}")
     right = arrays.pop(labels or LABELS, None)
@@ -152,43 +156,14 @@ def _networks(model: Path, against: Path, inputs: Path | None, labels: str | Non
     result(facts, _text(facts), as_json=as_json)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _prompts(path: Path) -> list[str]:
-    import msgspec
-
-    lines = [line for line in _read(path).splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            lines = [str(msgspec.json.decode(line)["prompt"]) for line in lines]
-        except (msgspec.MsgspecError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}: a line is no JSON object with a `prompt`: {error!r}") from error
-    return lines
-
-
-def _arrays(path: Path) -> Arrays:
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} cannot be read: {error}", hint="an .npz file of arrays by name is needed") from error
-
-
 FIGURES = (
     ("kl_mean", "KL to the teacher, mean, nats", "{:.4f}"),
     ("kl_p99", "KL to the teacher, 99th percentile", "{:.3f}"),
     ("top1_agreement", "same most probable token", "{:.1%}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("perplexity_source", "the teacher's", "{:.2f}"),
+    ("bits_per_byte", "bits per byte of text", "{:.3f}"),
+    ("bits_per_byte_source", "the teacher's", "{:.3f}"),
     ("agreement_length", "tokens until greedy answers part", "{:.1f}"),
     ("accuracy", "accuracy", "{:.1%}"),
     ("accuracy_source", "the teacher's", "{:.1%}"),
@@ -207,8 +182,6 @@ def _text(facts: dict[str, Any]) -> str:
         f"({megabytes(facts['bytes_source'])}), over {over}",
         columns(rows),
     ]
-    if facts.get("bits_per_byte") is not None:
-        lines.append(f"bits per byte of text: {facts['bits_per_byte']:.3f}, the teacher's {_bits(facts)}")
     if facts.get("outside"):
         lines.append(
             f"the teacher gives {facts['outside']:.1%} to tokens that the student has not; KL and agreement are of the "
@@ -224,8 +197,3 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
             low, high = facts["intervals"][name]
             found.append((title, form.format(facts[name]), f"{form.format(low)} to {form.format(high)}"))
     return found
-
-
-def _bits(facts: dict[str, Any]) -> str:
-    value = facts["bits_per_byte_source"]
-    return "-" if value is None else f"{value:.3f}"

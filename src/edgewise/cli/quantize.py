@@ -42,6 +42,10 @@ def quantize(
             help="a text to calibrate and judge on, else the model writes one; of an .onnx file an .npz of inputs",
         ),
     ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL of questions with `gold`, to ask both models: see evaluate --tasks"),
+    ] = None,
     accept_licence: Annotated[bool, typer.Option("--accept-licence", help="accept terms that ask for it")] = False,
     config: Config = None,
     json: Json = False,
@@ -49,12 +53,17 @@ def quantize(
 ) -> None:
     """Make a model's weights smaller by a recipe, and say what it costs: size, KL divergence, agreement, perplexity."""
     if recipe in NETS or model.lower().endswith(".onnx"):
-        _net(model, recipe, Path(output), calibration, json)
+        given = {"--budget": budget, "--tasks": tasks, "--accept-licence": accept_licence or None}
+        wrong = [flag for flag, value in given.items() if value is not None]
+        _net(model, recipe, Path(output), calibration, wrong, json)
         return
+    from edgewise.compress.judge.tasks import read
+    from edgewise.compress.judge.texts import text
     from edgewise.compress.quantize.bundle import quantize as made
     from edgewise.compress.quantize.recipe import of
 
     chosen = of(recipe)
+    questions = () if tasks is None else read(tasks)
     with progress() as show:
         found = made(
             model,
@@ -62,20 +71,26 @@ def quantize(
             chosen,
             home=load(config=config).settings.home,
             recipe_name=Path(recipe).stem,
-            text=None if calibration is None else _text_of(calibration),
+            text=None if calibration is None else text(calibration),
             budget_bytes=budget,
             accept_licence=accept_licence,
+            tasks=questions,
             show=show,
         )
     facts = _facts(found)
     result(facts, _text(facts), as_json=json)
 
 
-def _net(model: str, recipe: str, output: Path, calibration: Path | None, json: bool) -> None:
-    from edgewise.compress.quantize.qdq import quantize_net, read_inputs
+def _net(model: str, recipe: str, output: Path, calibration: Path | None, wrong: list[str], json: bool) -> None:
+    from edgewise.compress.judge.nets import read_inputs
+    from edgewise.compress.quantize.qdq import quantize_net
 
     if recipe not in NETS or not model.lower().endswith(".onnx"):
         raise UsageError(f"the recipe {recipe!r} is not for {model}", hint=f"{' and '.join(NETS)} are for .onnx files")
+    if wrong:
+        raise UsageError(
+            f"{model} is an .onnx file, and {wrong[0]} is not for one", hint="it has --recipe, --calibration and -o"
+        )
     if calibration is None:
         raise UsageError("an .onnx file needs calibration data", hint="give --calibration FILE.npz, an array per input")
     if output.suffix.lower() != ".onnx":
@@ -86,13 +101,6 @@ def _net(model: str, recipe: str, output: Path, calibration: Path | None, json: 
     result(facts, columns([*facts.items()]), as_json=json)
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{path} is no UTF-8 text: {e}", hint="give a plain text") from e
-
-
 def _facts(found: Quantization) -> dict[str, Any]:
     from edgewise.compress.quantize.bundle import figures
 
@@ -101,8 +109,8 @@ def _facts(found: Quantization) -> dict[str, Any]:
         "name": bundle.name,
         "path": str(bundle.path),
         "bytes": bundle.bytes,
-        **figures(found.judgement),
-        "intervals": {name: [one.low, one.high] for name, one in found.judgement.intervals.items()},
+        "bytes_source": found.bytes_source,
+        **figures(found.judgement, found.accuracy),
         "matrices": found.precisions,
     }
 
@@ -112,13 +120,20 @@ def _text(facts: dict[str, Any]) -> str:
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     rows = [
         ("path", facts["path"]),
-        ("size", megabytes(facts["bytes"])),
+        ("size", f"{megabytes(facts['bytes'])}, the source's {megabytes(facts['bytes_source'])}"),
         ("KL to the source", f"{facts['kl_mean']:.4f} nats, p99 {facts['kl_p99']:.4f}"),
         ("same first choice", f"{facts['top1_agreement']:.1%}"),
         ("perplexity", f"{facts['perplexity']:.3f}, the source's {facts['perplexity_source']:.3f}"),
+        *_solved(facts["tasks"]),
         ("matrices", counts),
     ]
     return columns(rows)
+
+
+def _solved(tasks: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if tasks is None:
+        return []
+    return [("accuracy", f"{tasks['accuracy']:.1%} of {tasks['n']} tasks, the source's {tasks['accuracy_source']:.1%}")]
 
 
 def _net_facts(found: NetQuantization) -> dict[str, Any]:

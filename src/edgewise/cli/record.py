@@ -10,6 +10,7 @@ import typer
 
 from edgewise.cli.options import Config, Debug, Json, flags
 from edgewise.cli.output import note, progress, result
+from edgewise.errors import UsageError
 from edgewise.settings import load
 
 
@@ -48,17 +49,24 @@ def record(
 
     An answer is right if it is the gold one, or, where there is none, if the cloud's model finds it at most 0.5 nats a
     token less probable than its own."""
-    from edgewise.joint.record import Plan, questions
+    from edgewise.joint.record import questions
     from edgewise.joint.record import record as recorded
+    from edgewise.joint.record_file import Plan
     from edgewise.joint.replay import Replay
     from edgewise.models.store import find
 
     home = load(flags(), config=config).settings.home
     plan = Plan(max_tokens=max_tokens, longest=longest, plain=plain, judge=judge)
-    asked = questions(prompts, limit=limit, seed=seed)
+    asked = questions(prompts, seed=seed)
     models = find(edge, home, check=False), find(cloud, home, check=False)
     with progress() as show:
-        made = asyncio.run(recorded(*models, asked, output, plan, resume=resume, show=show))
+        made = asyncio.run(recorded(*models, asked, output, plan, limit=limit, resume=resume, show=show))
+    if not made.new + made.before:
+        raise UsageError(
+            f"{output} has no row: all {made.left_out.total()} prompts are longer than {longest} tokens (--longest) or "
+            f"leave no room in the models' contexts for an answer of {max_tokens} (--max-tokens)",
+            hint="give a larger --longest, or a smaller --max-tokens",
+        )
     for why, count in made.left_out.items():
         note(f"{count} prompts are left out: {why}")
     rows = Replay.open(output)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from edgewise.engines.together import Answer, answers, prompt_ids
 from edgewise.errors import UsageError
 from edgewise.evaluate.answers import matches
 from edgewise.joint.pair import Pair, identity
-from edgewise.joint.record_file import Recorded, RecordFile
+from edgewise.joint.record_file import Plan, Recorded, RecordFile
 from edgewise.joint.replay import Outcome
 from edgewise.joint.signals.answer import TOP_SIGNALS
 from edgewise.joint.signals.evidence import Evidence
@@ -39,7 +39,6 @@ PIECE: Final = 64  # prompts that are written at once
 SLOTS: Final = 16  # answers at once
 ALTERNATIVES: Final = 5  # to each token of the edge, which signals are read off
 GOLD_WORDS: Final = 8  # a completion of more words is one right answer of many
-LONGEST: Final = 512  # tokens of a prompt
 DIGITS: Final = 6  # behind the point, of the numbers in a row
 TOO_LONG: Final = "longer than a prompt may be"
 _SEE: Final = "docs/formats/replay.md says what a file of prompts holds"
@@ -65,22 +64,6 @@ class Question(msgspec.Struct, frozen=True):
         return self.completion if short else None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How prompts are put and judged."""
-
-    max_tokens: int = 48
-    longest: int = LONGEST  # tokens of a prompt, in either model's; what is longer is left out
-    plain: bool = False  # prompts go in without the models' chat templates
-    judge: Literal["auto", "teacher"] = "auto"  # teacher: of all prompts, whatever is known
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.longest < 1:
-            raise UsageError(
-                f"answers of {self.max_tokens} and prompts of {self.longest} tokens; allowed are 1 or more"
-            )
-
-
 @dataclass
 class Recording:
     """What came of it: rows written now, those that were there before, prompts left out by why, and who judged all
@@ -93,17 +76,13 @@ class Recording:
     seconds: float = 0.0
 
 
-def questions(path: Path, *, limit: int | None = None, seed: int = 0) -> list[tuple[str, Question]]:
-    """The prompts of a JSONL file by the names of their rows (their `id`, else the number of their line), each once.
-    With a limit so many, drawn: the same ones whenever they are, and more of them with a higher one. UsageError names
-    the line that is none."""
+def questions(path: Path, *, seed: int = 0) -> list[tuple[str, Question]]:
+    """The prompts of a JSONL file by the names of their rows (their `id`, else the number of their line), each once and
+    in an order that is drawn: the same one whenever it is. UsageError names the line that is none."""
     found: dict[str, Question] = {}
     told = set()
     for number, line in _lines(path):
-        try:
-            question = msgspec.json.decode(line, type=Question)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}, line {number}: {error}", hint=_SEE) from error
+        question = _question(line, f"{path}, line {number}")
         name = str(number if question.id is None else question.id)
         if name in found:
             raise UsageError(f"{path}, line {number}: the id {name!r} stands there a second time", hint=_SEE)
@@ -113,7 +92,22 @@ def questions(path: Path, *, limit: int | None = None, seed: int = 0) -> list[tu
     if not found:
         raise UsageError(f"{path} holds no prompt", hint=_SEE)
     every = list(found.items())
-    return [every[n] for n in np.random.default_rng(seed).permutation(len(every))[:limit]]
+    return [every[n] for n in np.random.default_rng(seed).permutation(len(every))]
+
+
+def _question(line: bytes, place: str) -> Question:
+    try:
+        question = msgspec.json.decode(line, type=Question)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{place}: {error}", hint=_SEE) from error
+    gold = [question.gold] if isinstance(question.gold, str) else question.gold
+    if gold is not None and not (gold and all(map(str.strip, gold))):
+        raise UsageError(
+            f"{place}: `gold` is {question.gold!r}, and no answer would be right; allowed are a text that is not blank "
+            "and a list of one such or more",
+            hint="leave `gold` out where it is not known",
+        )
+    return question
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
@@ -132,40 +126,59 @@ async def record(
     cloud: Bundle,
     asked: Sequence[tuple[str, Question]],
     output: Path,
-    plan: Plan = Plan(),
+    plan: Plan,
     *,
+    limit: int | None = None,
     resume: bool = False,
     show: Show = lambda what, done, total: None,
 ) -> Recording:
-    """Write a row for each question into `output` (docs/formats/replay.md), in pieces that are on the disk before the
-    next begins. With `resume` a file that is there is gone on from, whose last piece may be torn; without, UsageError
-    if there is one. UsageError too if it holds rows of other models or of other prompts."""
+    """Write a row for each question, or for the first `limit` of them, into `output` (docs/formats/replay.md), in
+    pieces that are on the disk before the next begins. With `resume` a file that is there is gone on from, whose last
+    piece may be torn; without, UsageError if there is one. UsageError too if it holds rows of other models, of another
+    plan or of prompts that are not among `asked`, and if answers leave no room for a prompt. The file is then as it
+    was."""
+    longest = _longest(edge, cloud, plan)
     pair = Pair(*(identity(bundle.name, bundle.path / MANIFEST) for bundle in (edge, cloud)))
-    with RecordFile(output, resume=resume) as file:
-        done = file.done(pair, {name: question.prompt for name, question in asked})
-        todo = [(name, question) for name, question in asked if name not in done]
-        found, began = Recording(before=len(done), judges=file.judges), time.monotonic()
-        show("prompts", len(asked) - len(todo), len(asked))
-        if todo:
-            tiers = _Tiers(edge, cloud, plan)
-            try:
-                for at in range(0, len(todo), PIECE):
-                    rows = await tiers.rows(todo[at : at + PIECE], pair, found.left_out)
-                    file.write(rows)
-                    found.new += len(rows)
-                    found.judges.update(str(row.judge) for row in rows)
-                    show("prompts", len(asked) - len(todo) + min(at + PIECE, len(todo)), len(asked))
-            finally:
-                await tiers.close()
-        found.seconds = time.monotonic() - began
+    file = RecordFile(output, resume=resume)
+    done = file.done(pair, plan, {name: question.prompt for name, question in asked})
+    wanted = asked[:limit]
+    todo = [(name, question) for name, question in wanted if name not in done]
+    found, began = Recording(before=len(done), judges=file.judges), time.monotonic()
+    show("prompts", len(wanted) - len(todo), len(wanted))
+    if not todo:
+        file.write([])  # whoever reads the file next does not expect a torn piece
+        return found
+    tiers = _Tiers(edge, cloud, plan, longest)
+    try:
+        for at in range(0, len(todo), PIECE):
+            rows = await tiers.rows(todo[at : at + PIECE], pair, found.left_out)
+            file.write(rows)
+            found.new += len(rows)
+            found.judges.update(str(row.judge) for row in rows)
+            show("prompts", len(wanted) - len(todo) + min(at + PIECE, len(todo)), len(wanted))
+    finally:
+        await tiers.close()
+    found.seconds = time.monotonic() - began
     return found
+
+
+def _longest(edge: Bundle, cloud: Bundle, plan: Plan) -> int:
+    """Tokens of a prompt behind which either model has room for an answer. UsageError if there are none."""
+    context = min(bundle.card.context for bundle in (edge, cloud))
+    if plan.max_tokens >= context:
+        raise UsageError(
+            f"answers of {plan.max_tokens} tokens leave no room for a prompt in a context of {context}; allowed are up "
+            f"to {context - 1}",
+            hint="give a smaller --max-tokens",
+        )
+    return min(plan.longest, context - plan.max_tokens)
 
 
 class _Tiers:
     """Both models. They work one after the other, so that each has the machine."""
 
-    def __init__(self, edge: Bundle, cloud: Bundle, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, edge: Bundle, cloud: Bundle, plan: Plan, longest: int) -> None:
+        self._plan, self._longest = plan, longest
         self._edge, self._here = _decoder(edge, plan)
         self._cloud, self._there = _decoder(cloud, plan)
         self._same = _tokenizer_hash(edge) == _tokenizer_hash(cloud)
@@ -190,11 +203,6 @@ class _Tiers:
             await self._row(name, question, ids[name][1], its, other, pair)
             for (name, question), its, other in zip(kept, edge, cloud, strict=True)
         ]
-
-    @property
-    def _longest(self) -> int:
-        contexts = [decoder.can.context or 0 for decoder in (self._edge, self._cloud)]
-        return min(self._plan.longest, min(contexts) - self._plan.max_tokens)
 
     def _ids(self, prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The edge's and the cloud's."""
@@ -224,6 +232,7 @@ class _Tiers:
             gold=right,
             pair=pair,
             judge="teacher" if right is None else "gold",
+            plan=self._plan,
         )
 
     async def _quality(self, prompt: tuple[int, ...], edge: Answer, cloud: Answer) -> float:

@@ -122,8 +122,9 @@ class _Graph:
         self._nodes.append(helper.make_node(op, inputs, [out, *more], name=out, domain=domain, **attributes))
         return out
 
-    def linear(self, x: str, matrix: Matrix, bias: FloatArray | None, out: str) -> str:
-        """x [rows, inputs] @ matrix^T + bias."""
+    def linear(self, x: str, matrix: Matrix, bias: FloatArray | None, out: str, *, table: bool = False) -> str:
+        """x [rows, inputs] @ matrix^T + bias. A `table` is what `unpacked` reads in another graph of the data file: its
+        tensors are named and laid out as there, so that they are stored once."""
         if isinstance(matrix, Dense):
             weight = self.tensor(f"{out}.weight", matrix.values)
             if matrix.values.dtype != np.float32:  # stored as published; the runtime folds the cast when it loads
@@ -133,12 +134,15 @@ class _Graph:
             # There is no fast kernel for 8-bit blocks and float32 activations: it would unpack them at each call.
             return self._product(x, self.unpacked(matrix, out), bias, out)
         if matrix.minima is None and bias is None:
-            return self._blocks(x, matrix, out)
-        total = self._blocks(x, matrix, f"{out}.q")
+            return self._blocks(x, matrix, out, out)
+        total = self._blocks(x, matrix, out if table else f"{out}.q", f"{out}.q")
         if matrix.minima is not None:
-            minima = self.tensor(f"{out}.minima_t", np.ascontiguousarray(matrix.minima.T))
-            part = out if bias is None else f"{out}.m"
-            total = self.node("Gemm", [self._block_sums(x, matrix), minima, total], part)
+            part, sums = out if bias is None else f"{out}.m", self._block_sums(x, matrix)
+            if table:
+                total = self.node("Gemm", [sums, self.tensor(f"{out}.minima", matrix.minima), total], part, transB=1)
+            else:
+                minima = self.tensor(f"{out}.minima_t", np.ascontiguousarray(matrix.minima.T))
+                total = self.node("Gemm", [sums, minima, total], part)
         if bias is not None:
             total = self.node("Add", [total, self.tensor(f"{out}.bias", bias)], out)
         return total
@@ -147,11 +151,12 @@ class _Graph:
         inputs = [x, weight] if bias is None else [x, weight, self.tensor(f"{out}.bias", bias)]
         return self.node("Gemm", inputs, out, transB=1)
 
-    def _blocks(self, x: str, matrix: Quantized, out: str) -> str:
+    def _blocks(self, x: str, matrix: Quantized, name: str, out: str) -> str:
+        """x @ matrix^T without its minima, whose tensors get that name."""
         outputs, inputs = matrix.shape
         return self.node(
             "MatMulNBits",
-            [x, self.tensor(f"{out}.weight", matrix.packed), self.tensor(f"{out}.scales", matrix.scales)],
+            [x, self.tensor(f"{name}.weight", matrix.packed), self.tensor(f"{name}.scales", matrix.scales)],
             out,
             domain=CONTRIB,
             K=inputs,
@@ -291,7 +296,7 @@ class BlockWriter:
         x = g.input("hidden", TensorProto.FLOAT, ["rows", self.card.hidden])
         g.output("logits", TensorProto.FLOAT, ["rows", self.card.vocab])
         normed = g.norm(x, norm, self.card.norm_eps, "normed")
-        product = g.linear(normed, head, None, "embed" if shared else "head")  # one name is one place in the data file
+        product = g.linear(normed, head, None, "embed" if shared else "head", table=shared)
         scaled = g.scaled(product, self.card.logit_scale, "scaled")
         g.rename(g.capped(scaled, self.card.logit_cap, "capped"), "logits")
         g.save(self.directory / "head.onnx")

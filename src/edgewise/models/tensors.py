@@ -132,7 +132,8 @@ def _blocks(bundle: Bundle) -> Iterator[tuple[range, Tensors]]:
 
 
 def _prefix(found: Tensors, name: str) -> str | None:
-    """What a matrix is called: a product that more is added to has a name of its own. None if it is not there."""
+    """What a matrix is called: a product that more is added to has a name of its own, but for a table that embeds too
+    (which in older bundles had one as well, and stood there twice). None if it is not there."""
     return next((prefix for prefix in (name, f"{name}.q") if f"{prefix}.weight" in found), None)
 
 

@@ -43,6 +43,8 @@ def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, st
     path = directory / f"step-{state.step:08d}.safetensors"
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".step-*.partial"):  # by a process that was killed
+            left.unlink()
         with storing(path) as work:
             save_file(_tensors(model, optimizer, log), work, {"state": msgspec.json.encode(state).decode()})
         _keep_names(directory)

@@ -136,7 +136,11 @@ class Config(Part, frozen=True, kw_only=True):
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the course of the training, beside the data, the teacher and the student's first weights."""
-        facts: dict[str, Any] = {"data.length": self.data.length}
+        start = self.student.start
+        facts: dict[str, Any] = {
+            "data.length": self.data.length,
+            "student.start": start if start in STARTS else "a directory",
+        }
         for table, left_out in (("student", {"start"}), ("loss", set()), ("train", WATCHING)):
             for key, value in msgspec.to_builtins(getattr(self, table)).items():
                 if key not in left_out:
@@ -144,6 +148,7 @@ class Config(Part, frozen=True, kw_only=True):
         return facts
 
 
+STARTS: Final = ("teacher", "scratch")  # all others are directories
 WATCHING: Final = {"checkpoint_s", "evaluations", "evaluation_rows"}  # when something is looked at or written
 
 
@@ -159,7 +164,7 @@ def _placed(config: Config, base: Path) -> Config:
     data = msgspec.structs.replace(
         data, text=tuple(map(at, data.text)), jsonl=tuple(map(at, data.jsonl)), generate=generate
     )
-    if student.start not in ("teacher", "scratch"):
+    if student.start not in STARTS:
         student = msgspec.structs.replace(student, start=at(student.start))
     teacher = at(teacher) if Path(at(teacher)).exists() else teacher
     return msgspec.structs.replace(config, data=data, student=student, teacher=teacher, output=at(config.output))
@@ -176,12 +181,12 @@ def _check_files(config: Config) -> None:
     for key, file in named:
         if not Path(file).is_file():
             raise ConfigError(f"{key} names {file}, which is no file", hint="paths count from where the config lies")
-    if student.start not in ("teacher", "scratch") and not (Path(student.start) / "config.json").is_file():
+    if student.start not in STARTS and not (Path(student.start) / "config.json").is_file():
         raise ConfigError(
             f"student.start is {student.start}, where there is no config.json",
             hint='allowed are "teacher", "scratch" and a Hugging Face directory',
         )
-    if student.start not in ("teacher", "scratch") and student.vocabulary is not None:
+    if student.start not in STARTS and student.vocabulary is not None:
         raise ConfigError(
             f"student.vocabulary is {student.vocabulary}, and {student.start} has a vocabulary of its own",
             hint="leave student.vocabulary out",

@@ -161,18 +161,13 @@ class Loop:
         """Put everything where the last checkpoint left it; without one, look at the student as it is."""
         if not len(self._lessons.train):
             raise UsageError("the data has no row to train on", hint="more text, or a smaller data.length")
-        path = checkpoint.latest(self._checkpoints)
+        path = begun(self._directory, self._config, resume)
         if path is None:
             self._write(fresh=True)
             self._evaluate()
             return None
-        if not resume:
-            raise UsageError(
-                f"{self._directory} holds a run already: {path.name}",
-                hint="go on with --resume, or name another output",
-            )
         state = checkpoint.read_state(path)
-        self._check_same(state.facts, path)
+        _check_same(state.facts, self._facts(), path)
         self.log = bytearray(checkpoint.load(path, self._plain, self._optimizer))
         self.done = self._began_at = self._saved_step = state.step
         self._before_s = max(line.get("elapsed_s", 0.0) for line in map(msgspec.json.decode, self.log.splitlines()))
@@ -226,10 +221,11 @@ class Loop:
         return {"loss": loss, **({"kl": kl} if self._loss.alpha else {}), "ce": ce, "gradient_norm": norm}
 
     def _lose(self, model: Any, ids: Rows, told: Told | None) -> tuple[Losses, Tensor, Tensor]:
-        """The losses of rows, and their logits and labels."""
+        """The losses of rows, and their logits and labels. What is judged is computed in float32."""
         device = self._accelerator.device
         labels = torch.from_numpy(np.where(ids < 0, IGNORED, ids).astype(np.int64)).to(device)
-        with torch.autocast(device.type, self._narrow or torch.bfloat16, enabled=self._narrow is not None):
+        narrow = self._narrow if torch.is_grad_enabled() else None
+        with torch.autocast(device.type, narrow or torch.bfloat16, enabled=narrow is not None):
             logits = logits_of(model(labels.clamp(min=0)), "student")
         teacher = None if told is None else _on(device, told, logits.shape[-1])
         losses = distillation_loss(
@@ -317,22 +313,46 @@ class Loop:
                 file.write(bytes(self.log) if fresh else more)
 
     def _facts(self) -> dict[str, Any]:
-        facts = {**self._config.facts, "data": self._lessons.digest, "processes": self._accelerator.num_processes}
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(facts))
-        return plain
-
-    def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
-        now = self._facts()
-        other = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if other:
-            what = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in other)
-            raise UsageError(
-                f"{path} is of another run: {what}", hint="put it back as it was, or name another output to begin anew"
-            )
+        return {
+            **_plain(self._config.facts),
+            "data": self._lessons.digest,
+            "processes": self._accelerator.num_processes,
+        }
 
     def _elapsed_s(self) -> float:
         """Over all the run's processes, one after the other."""
         return self._before_s + time.monotonic() - self._began_s
+
+
+def begun(directory: Path, config: Config, resume: bool) -> Path | None:
+    """The last checkpoint of a run that is to go on in `directory`; None if none began there. UsageError if there is
+    one and it is not to be resumed, or was of another config."""
+    path = checkpoint.latest(directory / CHECKPOINTS)
+    if path is None:
+        return None
+    if not resume:
+        raise UsageError(
+            f"{directory} holds a run already: {path.name}", hint="go on with --resume, or name another output"
+        )
+    now = _plain(config.facts)
+    before = checkpoint.read_state(path).facts
+    _check_same({key: before[key] for key in before if key in now}, now, path)
+    return path
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    other = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if other:
+        what = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in other)
+        raise UsageError(
+            f"{path} is of another run: {what}", hint="put it back as it was, or name another output to begin anew"
+        )
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a checkpoint."""
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(facts))
+    return plain
 
 
 def _narrow(precision: str, device: torch.device) -> torch.dtype | None:

@@ -23,7 +23,8 @@ class Facts:
     """What a card tells, beside the config and the log: where text and teacher came from, and how large it all is."""
 
     teacher: str
-    licence: str | None
+    licence: str | None  # of what the student's weights began with
+    teachers_licence: str | None
     parameters: int
     vocabulary: int
     documents: int
@@ -76,7 +77,7 @@ def card(config: Config, facts: Facts, log: Log, plots: Sequence[str]) -> str:
             f"A student of {facts.teacher}: {facts.parameters:,} parameters, {facts.vocabulary:,} tokens. "
             f"Its loss was {_formula(config)}.",
             "",
-            _licence(facts),
+            _licence(config.student.start, facts),
             "",
             "## Data",
             "",
@@ -110,7 +111,13 @@ def _formula(config: Config) -> str:
     return f"{soft}{loss.temperature:g}, and {1 - loss.alpha:g} · cross-entropy with the text"
 
 
-def _licence(facts: Facts) -> str:
+def _licence(start: str, facts: Facts) -> str:
+    theirs = facts.teachers_licence or "a licence that its source does not name"
+    if start == "scratch":
+        return f"Its weights began at random. What taught it comes under {theirs}."
+    if start != "teacher":
+        own = facts.licence or "a licence that their source does not name"
+        return f"It began with other weights than its teacher's, under {own}; its teacher comes under {theirs}."
     if facts.licence is None:
         return "The teacher's source names no licence; whether you may use it is for you to find out."
     return f"It is made of the teacher's weights and comes under the teacher's licence, {facts.licence}."

@@ -21,8 +21,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from edgewise.compress.distil import report
-from edgewise.compress.distil.config import Config
-from edgewise.compress.distil.loop import LOG, Lessons, Tell, Trained, train
+from edgewise.compress.distil.config import STARTS, Config
+from edgewise.compress.distil.loop import LOG, Lessons, Tell, Trained, begun, train
 from edgewise.compress.judge.kept import kept_ids
 from edgewise.compress.lessons.answers import prompts_of, written
 from edgewise.compress.lessons.corpus import Corpus, build
@@ -32,6 +32,7 @@ from edgewise.compress.storing import storing
 from edgewise.compress.student.depth import needed_layers
 from edgewise.compress.student.hf_weights import HfWeights, of
 from edgewise.compress.student.network import made, saved
+from edgewise.compress.student.surgery import smaller
 from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.compress.student.vocabulary import counted, pruned
 from edgewise.engines.decode import Decoder
@@ -65,8 +66,9 @@ def distil(config: Config, *, home: Path, resume: bool, progress: Progress, tell
     CheckpointError and whatever a bundle cannot be read for."""
     state = PartialState(timeout=PATIENCE)
     progress = progress if state.is_main_process else _silent
+    goes_on = begun(Path(config.output), config, resume) is not None
     with state.main_process_first():
-        ready = _prepare(config, home, progress, first=state.is_main_process)
+        ready = _prepare(config, home, progress, first=state.is_main_process, goes_on=goes_on)
     model = _student(config, ready)
     output = Path(config.output)
     trained = train(model, ready.lessons, config, output, resume=resume, progress=progress, tell=tell)
@@ -94,11 +96,12 @@ class _Ready:
     lessons: Lessons
 
 
-def _prepare(config: Config, home: Path, progress: Progress, *, first: bool) -> _Ready:
+def _prepare(config: Config, home: Path, progress: Progress, *, first: bool, goes_on: bool) -> _Ready:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     bundle = _teacher(config.teacher, home, output, progress, first=first)
     weights = of(bundle if _is_bundle(config.teacher, bundle) else Path(config.teacher))
+    _check_sizes(config, bundle, weights)
     answers = _answers(config, bundle, output, progress)
     tokenizer, kept = _vocabulary(config, weights, answers, progress)
     encoder = Encoder.of(tokenizer)
@@ -113,6 +116,7 @@ def _prepare(config: Config, home: Path, progress: Progress, *, first: bool) -> 
         held_out=data.held_out,
         limit_tokens=data.limit_tokens,
         recipe=f"{found.digest} {encoder.digest}",
+        replace=not goes_on,
         tell=progress,
     )
     layers = _layers(config, bundle, corpus, kept, progress)
@@ -124,14 +128,33 @@ def _is_bundle(teacher: str, bundle: Bundle) -> bool:
     return not Path(teacher).exists() or bundle.path == Path(teacher)
 
 
+def _check_sizes(config: Config, bundle: Bundle, weights: HfWeights) -> None:
+    """UsageError for what the teacher has not, before it is asked anything."""
+    wanted, context = config.student, bundle.card.context
+    if config.data.length > context:
+        raise UsageError(
+            f"rows of {config.data.length} tokens are wanted, the teacher reads {context}", hint="lower data.length"
+        )
+    source = weights if wanted.start in STARTS else of(Path(wanted.start))
+    size = int(smaller(source, layers=wanted.layers, hidden=wanted.hidden, ffn=wanted.ffn).config["vocab_size"])
+    vocabulary = min(wanted.vocabulary or size, size)
+    if config.loss.top_k > vocabulary:
+        raise UsageError(
+            f"loss.top_k is {config.loss.top_k}, the student has {vocabulary} tokens", hint="lower loss.top_k"
+        )
+
+
 def _teacher(name: str, home: Path, output: Path, progress: Progress, *, first: bool) -> Bundle:
-    """The bundle that answers for the teacher; of a model's own files one is made in the output."""
+    """The bundle that answers for the teacher; of a model's own files one is made in the output, once."""
     path = Path(name)
     if not path.exists() or (path / MANIFEST).is_file():
         return find(name, home, check=False)
-    place = output / "teacher"
-    if first:
-        return pull(name, home=place, name="teacher", progress=progress)
+    place, file = output / "teacher", output / "teacher.json"
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    call = {"files": [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]}
+    if first and _kept(file, call) is None:
+        pull(name, home=place, name="teacher", progress=progress)
+        _keep(file, call)
     return Bundle.open(bundles_dir(place) / "teacher", check=False)
 
 
@@ -170,7 +193,7 @@ def _vocabulary(
     config: Config, weights: HfWeights, answers: Path | None, progress: Progress
 ) -> tuple[TokenizerFiles, IdArray | None]:
     """The student's tokenizer, and which of the teacher's tokens its tokens are."""
-    if config.student.start not in ("teacher", "scratch"):
+    if config.student.start not in STARTS:
         tokenizer = of(Path(config.student.start)).tokenizer
         return tokenizer, kept_ids(tokenizer.opened(), weights.tokenizer.opened())
     size = config.student.vocabulary
@@ -235,10 +258,9 @@ def _layers(
 def _lessons(config: Config, bundle: Bundle, corpus: Corpus, kept: IdArray | None, progress: Progress) -> Lessons:
     """The teacher is asked about what is held out in any case; about the rest, unless the text alone teaches."""
     output, loss = Path(config.output), config.loss
-    vocabulary = bundle.card.vocab if kept is None else len(kept)
 
     def told(rows: Any, name: str) -> Taught:
-        return teach(bundle, rows, min(loss.top_k, vocabulary), output / "taught" / name, progress, kept=kept)
+        return teach(bundle, rows, loss.top_k, output / "taught" / name, progress, kept=kept)
 
     taught = told(corpus.train, "train") if loss.alpha else None
     chosen = b"" if kept is None else np.ascontiguousarray(kept, "<i8").tobytes()
@@ -273,9 +295,8 @@ def _save(
 ) -> None:
     model.config.use_cache = True
     output, corpus = Path(config.output), ready.corpus.facts
-    directory = saved(
-        model, ready.tokenizer, output / "student", licence=ready.weights.licence, notices=ready.weights.notices
-    )
+    source = ready.weights if config.student.start in STARTS else of(Path(config.student.start))
+    directory = saved(model, ready.tokenizer, output / "student", licence=source.licence, notices=source.notices)
     plots = {
         report.LOSS: report.loss_plot(config.name, trained.log),
         report.AGREEMENT: report.agreement_plot(config.name, trained.log),
@@ -285,7 +306,8 @@ def _save(
         (directory / name).write_text(plot, encoding="utf-8")
     facts = report.Facts(
         teacher=ready.weights.name,
-        licence=ready.weights.licence,
+        licence=source.licence,
+        teachers_licence=ready.weights.licence,
         parameters=parameters,
         vocabulary=ready.tokenizer.config.vocabulary,
         documents=corpus.documents,

@@ -166,13 +166,13 @@ class _Judge:
     async def judge(self, ids: IdArray, prompts: Sequence[str], plain: bool, max_tokens: int, show: Show) -> Judgement:
         try:
             found = await self._foretell(ids, show)
-            bits = self._bits(ids, found.nll)
-            source = self._bits(ids, found.nll_source) if self._kept is None else await self._own_bits(ids, show)
+            said = self._said(ids, found.nll)
+            source = self._said(ids, found.nll_source) if self._kept is None else await self._said_alone(ids, show)
             lengths = await self._agreement(prompts, plain, max_tokens, show) if prompts else None
         finally:
             await self._student.shutdown()
             await self._teacher.shutdown()
-        return _judgement(found, bits, source, lengths)
+        return _judgement(found, said, source, lengths)
 
     async def _foretell(self, ids: IdArray, show: Show) -> _Foretold:
         found = _Foretold.empty(*ids.shape)
@@ -203,14 +203,14 @@ class _Judge:
             outside = -np.expm1(np.minimum(inside, 0.0))
         return _kl(log_p, log_q), log_p.argmax(axis=1) == log_q.argmax(axis=1), nll, nll_source, outside
 
-    def _bits(self, ids: IdArray, nll: Doubles) -> float | None:
-        """For each byte of the tokens that were foretold."""
-        return _per_byte(float(nll.sum()), _size(self._tokenizers[0], ids[:, 1:]))
+    def _said(self, ids: IdArray, nll: Doubles) -> Doubles:
+        """Of each window the negative log-likelihood of the tokens that were foretold, and their bytes, [n, 2]."""
+        return np.stack([nll.sum(axis=1), _sizes(self._tokenizers[0], ids[:, 1:])], axis=1)
 
-    async def _own_bits(self, ids: IdArray, show: Show) -> float | None:
-        """The teacher's, of the windows' text in its own tokens."""
+    async def _said_alone(self, ids: IdArray, show: Show) -> Doubles:
+        """The same of the teacher, where it reads the windows' text in its own tokens."""
         here, own = self._tokenizers
-        nll, size = 0.0, 0
+        found = np.zeros((len(ids), 2))
         for n, window in enumerate(ids):
             show("windows in the teacher's own tokens", n + 1, len(ids))
             raw = b"".join(here.token_bytes(int(id)) for id in window)
@@ -219,9 +219,9 @@ class _Judge:
                 (hidden,) = await self._teacher.hidden([its])
                 for rows in few(len(hidden)):
                     log_p, targets = self._teacher.log_probs(hidden[rows]), its[1:][rows]
-                    nll -= float(log_p[np.arange(len(targets)), targets].sum(dtype=np.float64))
-                size += _size(own, its[1:])
-        return _per_byte(nll, size)
+                    found[n, 0] -= log_p[np.arange(len(targets)), targets].sum(dtype=np.float64)
+                found[n, 1] = _sizes(own, its[None, 1:])[0]
+        return found
 
     async def _agreement(self, prompts: Sequence[str], plain: bool, max_tokens: int, show: Show) -> Doubles:
         """Tokens that both models' answers to each prompt have in common."""
@@ -269,17 +269,15 @@ def _same_bytes(one: Answer, other: Answer) -> int:
     return len(one.tokens)
 
 
-def _size(tokenizer: Tokenizer, ids: IdArray) -> int:
-    """Bytes of the tokens."""
-    values, counts = np.unique(ids, return_counts=True)
-    return sum(len(tokenizer.token_bytes(int(id))) * int(count) for id, count in zip(values, counts, strict=True))
+def _sizes(tokenizer: Tokenizer, ids: IdArray) -> Doubles:
+    """Bytes of the tokens of each window [n, tokens]."""
+    values, places = np.unique(ids, return_inverse=True)
+    sizes = np.array([len(tokenizer.token_bytes(int(id))) for id in values], np.float64)
+    return np.asarray(sizes[places].reshape(ids.shape).sum(axis=1))
 
 
-def _per_byte(nll: float, size: int) -> float | None:
-    return nll / math.log(2) / size if size else None
-
-
-def _judgement(found: _Foretold, bits: float | None, bits_source: float | None, lengths: Doubles | None) -> Judgement:
+def _judgement(found: _Foretold, said: Doubles, said_source: Doubles, lengths: Doubles | None) -> Judgement:
+    """`said` [n, 2] are nats and bytes of each window, as each model reads it."""
     intervals = {
         "kl_mean": bootstrap(found.kl.mean(axis=1)),
         "kl_p99": bootstrap(found.kl, _p99, resamples=P99_RESAMPLES),
@@ -287,27 +285,36 @@ def _judgement(found: _Foretold, bits: float | None, bits_source: float | None, 
         "perplexity": bootstrap(found.nll.mean(axis=1), _perplexity),
         "perplexity_source": bootstrap(found.nll_source.mean(axis=1), _perplexity),
         "perplexity_rise": bootstrap((found.nll - found.nll_source).mean(axis=1), lambda rise: _perplexity(rise) - 1),
+        "outside": bootstrap(found.outside.mean(axis=1)),
     }
+    bits = {"bits_per_byte": said, "bits_per_byte_source": said_source}
+    intervals |= {name: bootstrap(one, _per_byte) for name, one in bits.items() if one[:, 1].any()}
     if lengths is not None:
         intervals["agreement_length"] = bootstrap(lengths)
+    values = {name: one.value for name, one in intervals.items()}
     return Judgement(
         windows=len(found.kl),
         tokens=found.kl.size,
-        kl_mean=intervals["kl_mean"].value,
-        kl_p99=intervals["kl_p99"].value,
-        top1_agreement=intervals["top1_agreement"].value,
-        perplexity=intervals["perplexity"].value,
-        perplexity_source=intervals["perplexity_source"].value,
-        bits_per_byte=bits,
-        bits_per_byte_source=bits_source,
-        outside=float(found.outside.mean()),
-        agreement_length=None if lengths is None else intervals["agreement_length"].value,
+        kl_mean=values["kl_mean"],
+        kl_p99=values["kl_p99"],
+        top1_agreement=values["top1_agreement"],
+        perplexity=values["perplexity"],
+        perplexity_source=values["perplexity_source"],
+        bits_per_byte=values.get("bits_per_byte"),
+        bits_per_byte_source=values.get("bits_per_byte_source"),
+        outside=values["outside"],
+        agreement_length=values.get("agreement_length"),
         intervals=intervals,
     )
 
 
 def _p99(kl: Doubles) -> float:
     return float(np.quantile(kl, P99, method="higher"))
+
+
+def _per_byte(said: Doubles) -> float:
+    nats, size = said.sum(axis=0)
+    return float(nats / math.log(2) / max(size, 1.0))  # a few windows drawn again may have no byte at all
 
 
 def _perplexity(nll: Doubles) -> float:

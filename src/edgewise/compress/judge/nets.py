@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgewise.engines.onnx_net import OnnxNet
-from edgewise.errors import EngineError, UsageError
+from edgewise.errors import EngineError, SourceError, UsageError
 from edgewise.evaluate.divergence import kl
 from edgewise.evaluate.interval import Interval, bootstrap
 from edgewise.types import FloatArray
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 Show = Callable[[str, int, int], None]
 
@@ -74,6 +76,19 @@ def judged_nets(
         if np.isnan(logits).any():
             raise EngineError(f"{path.name} gives logits that are NaN", hint="its weights are damaged")
     return _judgement(mine, its, labels)
+
+
+def read_inputs(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz by name, without code in it; SourceError if it is none."""
+    hint = "numpy.savez writes one, an array for each of the network's inputs"
+    try:
+        with path.open("rb") as file:  # which numpy would leave open where it is damaged
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                raise SourceError(f"{path} holds one array, which has no name", hint=hint)
+            return dict(found)
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+        raise SourceError(f"{path} is no file of arrays: {e}", hint=hint) from e
 
 
 def size(path: Path) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from edgewise.compress.lessons.documents import ANSWER, CUT, PROMPT
+from edgewise.compress.lessons.documents import ANSWER, CUT, PROMPT, is_text
 from edgewise.compress.storing import no_room, storing
 from edgewise.engines.base import Generator
 from edgewise.engines.together import answers
@@ -26,14 +26,14 @@ Tell = Callable[[str, int, int], None]
 def prompts_of(file: Path) -> list[str]:
     """The lines of a text file, or the `prompt`s of JSONL, each once. SourceError if there is none."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         found = [json.loads(line)["prompt"] for line in lines] if file.suffix == ".jsonl" else lines
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise SourceError(
             f"the prompts of {file} cannot be read: {e!r}", hint='lines of text, or JSONL with {"prompt": …}'
         ) from e
-    if wrong := next((prompt for prompt in found if not isinstance(prompt, str)), None):
-        raise SourceError(f"a prompt of {file} is {wrong!r}, a text is needed")
+    if wrong := [prompt for prompt in found if not is_text(prompt)]:
+        raise SourceError(f"a prompt of {file} is {wrong[0]!r}, a text is needed")
     if not found:
         raise SourceError(f"{file} has no prompts", hint="write one a line")
     return list(dict.fromkeys(found))
@@ -55,7 +55,7 @@ def written(
     """`file` with `count` answers to the prompts in turn, one a line (docs/formats/corpus.md): those that are there
     already stay, and the others follow. Each is drawn with a seed of its own, so it does not matter when or beside
     which it is written. `chats` says whether the generator takes conversations. UsageError if the file holds answers of
-    another call, StorageError if the disk is full."""
+    another call or more of them, StorageError if the disk is full."""
     call = {
         "format": FORMAT,
         "generator": generator.name,
@@ -65,6 +65,10 @@ def written(
         "seed": seed,
     }
     done = _resumed(file, call)
+    if done > count:
+        raise UsageError(
+            f"{file} holds {done} answers already, {count} are wanted", hint="ask for as many, or name another place"
+        )
     for start in range(done, count, TOGETHER):
         tell("writing answers", start, count)
         numbers = range(start, min(start + TOGETHER, count))

@@ -90,13 +90,14 @@ def build(
     held_out: float = 0.01,
     limit_tokens: int | None = None,
     recipe: str = "",
+    replace: bool = True,
     tell: Tell = lambda what, done, total: None,
 ) -> Corpus:
     """The corpus of all documents of `sources` (by what each is called), of at most `limit_tokens` tokens to learn
     from. `encode` gives a document's ids without the token `end`, which is put behind. `recipe` says what it is made
     of, tokenizer included: a corpus of the same recipe and arguments that is there already is taken as it is, another
-    one replaced once the new one is whole. UsageError if there is not one row of either kind, StorageError if the disk
-    is full."""
+    one replaced once the new one is whole, or refused unless `replace`. UsageError then, and if there is not one row of
+    either kind; StorageError if the disk is full."""
     same: dict[str, Any] = {
         "recipe": recipe,
         "length": length,
@@ -107,6 +108,11 @@ def build(
     there = _there(directory, same)
     if there is not None:
         return there
+    if not replace and (directory / FACTS).is_file():
+        raise UsageError(
+            f"{directory} holds other rows than the text and the config would make now, and a run learnt from them",
+            hint="put text and config back as they were, or name another output",
+        )
     with storing_directory(directory) as work:
         with _Spool(work / SPOOL) as spool:
             for name, documents in sources.items():

@@ -6,12 +6,13 @@ import gzip
 import hashlib
 import json
 import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeGuard
 
 from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import SourceError, Unreachable, UsageError
@@ -149,9 +150,14 @@ def of_jsonl(file: Path, fields: Sequence[str]) -> Iterator[Document]:
                 f"line {number} of {file} is no JSON object with {' and '.join(fields)}: {e!r}",
                 hint="name the fields that it has, or mend the line",
             ) from e
-        if wrong := next((value for value in values if not isinstance(value, str)), None):
-            raise SourceError(f"line {number} of {file} has {str(wrong)[:40]!r} where a text is needed")
+        if wrong := [value for value in values if not is_text(value)]:
+            raise SourceError(f"line {number} of {file} has {str(wrong[0])[:40]!r} where a text is needed")
         yield Document(values[-1], values[0] if len(values) == 2 else None, row.get(CUT) is True)
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """A string that is one in UTF-8 too: JSON can spell halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def of_hub(dataset: str) -> list[Path]:
@@ -181,7 +187,7 @@ def _lines(file: Path) -> Iterator[str]:
             for line in lines:
                 number += 1
                 yield line
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise SourceError(
             f"{file} cannot be read behind line {number}: {e}", hint="UTF-8 is needed, plain or compressed as .gz"
         ) from e

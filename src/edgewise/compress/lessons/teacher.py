@@ -65,16 +65,16 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """The teacher's word on some rows. Each file is mapped when a row of it is asked for."""
+    """The teacher's word on some rows. A file is mapped while a row of it is read, and no longer: a large corpus has
+    more files than a process may hold open."""
 
     directory: Path
     facts: Facts
-    _shards: dict[int, npt.NDArray[Any]]
 
     @staticmethod
     def open(directory: Path) -> Taught:
         """What `teach` left there. SourceError if it is nothing of that kind."""
-        return Taught(directory, _facts(directory), {})
+        return Taught(directory, _facts(directory))
 
     def rows(self, at: IdArray) -> TopK:
         """Of the rows `at` int64 [b]: `ids` and `logprobs` are [b, length, k], `rest` [b, length]. The last position of
@@ -84,13 +84,9 @@ class Taught:
             raise IndexError(f"rows {at.min()} to {at.max()} are wanted, there are 0 to {facts.rows - 1}")
         found = np.empty((len(at), facts.length), _kind(facts.vocab, facts.k))
         for place, row in enumerate(at.tolist()):
-            found[place] = self._shard(row // facts.shard_rows)[row % facts.shard_rows]
+            number, at_row = divmod(row, facts.shard_rows)
+            found[place] = _read(self.directory / _name(number), facts, number)[at_row]
         return TopK(found["ids"].astype(np.int32), _decoded(found["logprobs"]), _decoded(found["rest"]))
-
-    def _shard(self, number: int) -> npt.NDArray[Any]:
-        if number not in self._shards:
-            self._shards[number] = _read(self.directory / _name(number), self.facts, number)
-        return self._shards[number]
 
 
 def teach(
@@ -133,7 +129,7 @@ def teach(
         directory.mkdir(parents=True, exist_ok=True)
         wanted = asyncio.run(_teach(teacher, rows, kept, wanted, directory, missing, tell))
     tell("asking the teacher", len(rows), len(rows))
-    return Taught(directory, wanted, {})
+    return Taught(directory, wanted)
 
 
 async def _teach(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from edgewise.compress.judge.bundles import Judgement, judged
+from edgewise.compress.judge.bundles import ANSWER, Judgement, judged
+from edgewise.compress.judge.tasks import Accuracy, Task, accuracy
 from edgewise.compress.quantize import calibration, mixed
 from edgewise.compress.quantize.mixed import Show
 from edgewise.compress.quantize.recipe import Precision, Recipe
@@ -33,7 +34,6 @@ from edgewise.models.tokenizer import Tokenizer
 from edgewise.models.weights import Dense, Quantized
 from edgewise.types import FloatArray, IdArray
 
-JUDGED: Final = 32  # windows, at most
 GRAPH_BYTES: Final = 6144  # of a layer's nodes, and of embedding and head together; more than they ever are
 VECTOR_BYTES: Final = 1024  # below, a vector stands in its graph
 
@@ -41,11 +41,14 @@ VECTOR_BYTES: Final = 1024  # below, a vector stands in its graph
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """A finished bundle, the precision of each matrix, and how it differs from the source with its own weights and
-    float32 activations."""
+    float32 activations. `bytes_source` are those of the source itself: a bundle's without its manifest, a .gguf file's,
+    or of a directory those of its .safetensors, .json and .jinja files. `accuracy` is None without tasks."""
 
     bundle: Bundle
+    bytes_source: int
     precisions: dict[str, Precision]
     judgement: Judgement
+    accuracy: Accuracy | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class _Source:
     """What is quantized, and what its bundle says of where it came from."""
 
     model: ModelSource
-    name: str
+    bytes: int
     origin: dict[str, Any]
     licence: dict[str, Any]
     notices: Path | None
@@ -69,16 +72,19 @@ def quantize(
     text: str | None = None,
     budget_bytes: int | None = None,
     accept_licence: bool = False,
+    tasks: Sequence[Task] = (),
     show: Show = lambda what, done, total: None,
 ) -> Quantization:
     """Make the bundle `output`, a name in the store under `home` or the path of a new directory, of a bundle, a .gguf
-    file, a Hugging Face directory or whatever else `pull` takes. `text` calibrates where the recipe needs that, and its
-    other windows are judged on; without one, the model writes both itself.
+    file, a Hugging Face directory or whatever else `pull` takes. An existing bundle of that name is replaced once the
+    new one is whole, unless it is the source. `text` calibrates where the recipe needs that, and its other windows are
+    judged on; without one, the model writes both itself. Both models are asked the `tasks`.
 
-    UsageError for a recipe that does not fit the model, OverBudget if no choice of precisions is small enough; what
-    `pull` and `judged` raise."""
+    UsageError for a recipe that does not fit the model or an output that is the source, OverBudget if no choice of
+    precisions is small enough; what `pull`, `judged` and `accuracy` raise."""
     name = _free(output)
     there = _opened(source, home, accept_licence, show)
+    _check_apart(there.model.path, output, home)
     names = mixed.names(there.model.card)
     asked = recipe.precisions(names)
     budget = budget_bytes or (recipe.mixed.budget_bytes if recipe.mixed else None)
@@ -105,12 +111,13 @@ def quantize(
             if budget is not None and bundle.bytes > budget:
                 raise OverBudget(f"the bundle has {bundle.bytes} bytes; the budget is {budget}")
             found = judged(bundle, reference, held, show=show)
-            _note(target, found)
-    return Quantization(_finished(output, home), precisions, found)
+            solved = accuracy(bundle, reference, tasks, max_tokens=ANSWER, show=show) if tasks else None
+            _note(target, found, solved)
+    return Quantization(_finished(output, home), there.bytes, precisions, found, solved)
 
 
-def figures(found: Judgement) -> dict[str, Any]:
-    """What a manifest and `--json` say of a judgement."""
+def figures(found: Judgement, solved: Accuracy | None = None) -> dict[str, Any]:
+    """What a manifest and `--json` say of a judgement, and of tasks if there were any."""
     return {
         "kl_mean": found.kl_mean,
         "kl_p99": found.kl_p99,
@@ -118,6 +125,8 @@ def figures(found: Judgement) -> dict[str, Any]:
         "perplexity": found.perplexity,
         "perplexity_source": found.perplexity_source,
         "tokens": found.tokens,
+        "intervals": found.facts()["intervals"],
+        "tasks": None if solved is None else solved.facts(),
     }
 
 
@@ -126,12 +135,25 @@ def _opened(source: str, home: Path, accept_licence: bool, show: Show) -> _Sourc
         bundle = find(source, home)
     except UnknownModel:
         fetched = download.fetch(source, home, show)
-        model = open_source(fetched.path)
-        model.check()
-        licence = agreed(fetched.licence or model.licence_id, accept_licence)
-        return _Source(model, fetched.name, fetched.origin, licence, fetched.notices)
-    origin = {"origin": bundle.name, "weights": bundle.weights, "source": bundle.manifest.source}
-    return _Source(BundleSource(bundle), bundle.name, origin, bundle.manifest.licence, bundle.path)
+        if not (fetched.path / MANIFEST).is_file():
+            return _of_files(fetched, accept_licence)
+        bundle = Bundle.open(fetched.path)
+        agreed(bundle.manifest.licence.get("id"), accept_licence)
+        return _of_bundle(bundle, fetched.name)
+    return _of_bundle(bundle, bundle.name)
+
+
+def _of_files(fetched: download.Fetched, accept_licence: bool) -> _Source:
+    model, path = open_source(fetched.path), fetched.path
+    model.check()
+    licence = agreed(fetched.licence or model.licence_id, accept_licence)
+    files = [file for pattern in download.HUB_CHECKPOINT for file in path.glob(pattern)] if path.is_dir() else [path]
+    return _Source(model, sum(file.stat().st_size for file in files), fetched.origin, licence, fetched.notices)
+
+
+def _of_bundle(bundle: Bundle, name: str) -> _Source:
+    origin = {"origin": name, "weights": bundle.weights, "source": bundle.manifest.source}
+    return _Source(BundleSource(bundle), bundle.bytes, origin, bundle.manifest.licence, bundle.path)
 
 
 def _reference(there: _Source, directory: Path, show: Show) -> Bundle:
@@ -154,13 +176,12 @@ def _windows(reference: Bundle, recipe: Recipe, text: str | None, show: Show) ->
     asked, tokenizer = recipe.calibration, Tokenizer.open(reference.path)
     length = min(asked.length, reference.card.context)
     if text is not None:
-        rows, held = calibration.of_text(tokenizer, text, asked.windows, length)
-        return rows, held[:JUDGED]
+        return calibration.of_text(tokenizer, text, asked.windows, length)
     calibrates = recipe.method == "gptq" or recipe.mixed is not None
     count = asked.windows if calibrates else 0
     model = local_model(reference, slots=calibration.AT_ONCE, context=length)
-    ids = calibration.written(model, tokenizer, count + JUDGED, length, show)
-    return ids[JUDGED:], ids[:JUDGED]
+    ids = calibration.written(model, tokenizer, count + calibration.JUDGED, length, show)
+    return ids[calibration.JUDGED :], ids[: calibration.JUDGED]
 
 
 def _precisions(
@@ -177,7 +198,7 @@ def _precisions(
     wanted = [name for name in asked if name not in fixed]
     if not wanted or recipe.mixed is None or budget is None:
         return fixed
-    some = rows[: recipe.mixed.windows, : recipe.mixed.length]
+    some = calibration.spread(rows, recipe.mixed.windows)[:, : recipe.mixed.length]
     options = mixed.options(there.model, some, recipe.mixed.choices, wanted, show)
     room = budget - _overhead(there, work) - sum(_bytes(there.model, name, fixed[name]) for name in fixed)
     found = mixed.chosen(options, room)
@@ -256,11 +277,17 @@ def _free(output: str) -> str:
     return name
 
 
+def _check_apart(source: Path, output: str, home: Path) -> None:
+    target = bundles_dir(home) / output
+    if _named(output) and target.exists() and target.samefile(source):
+        raise UsageError(f"{output} is the bundle that is quantized", hint="give the new one a name of its own")
+
+
 def _finished(output: str, home: Path) -> Bundle:
     return Bundle.open(bundles_dir(home) / output if _named(output) else Path(output), check=False)
 
 
-def _note(directory: Path, found: Judgement) -> None:
+def _note(directory: Path, found: Judgement, solved: Accuracy | None) -> None:
     """The figures into the manifest of a bundle that is whole but for them. What the engine packed beside it goes: it
     fits the manifest of before."""
     for file in directory.glob(f"{packed.DATA}*"):
@@ -268,7 +295,7 @@ def _note(directory: Path, found: Judgement) -> None:
     (directory / packed.INDEX).unlink(missing_ok=True)
     path = directory / MANIFEST
     manifest = Bundle.open(directory, check=False).manifest
-    noted = msgspec.structs.replace(manifest, parity=figures(found))
+    noted = msgspec.structs.replace(manifest, parity=figures(found, solved))
     path.write_bytes(msgspec.json.format(msgspec.json.encode(noted), indent=1) + b"\n")
 
 

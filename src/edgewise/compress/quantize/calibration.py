@@ -16,23 +16,25 @@ from edgewise.models.tokenizer import Tokenizer
 from edgewise.types import FloatArray, IdArray
 
 AT_ONCE: Final = 16  # windows that are written side by side
+JUDGED: Final = 32  # windows, at most, that what came of it is judged on
 SEED: Final = 0
 
 
 def of_text(tokenizer: Tokenizer, text: str, windows: int, length: int) -> tuple[IdArray, IdArray]:
-    """int64 [n, length] each: at most so many windows, spread evenly over the text, and at most as many of the others,
-    for judging what came of it; each begins with the token that the model's texts begin with, if there is one.
-    UsageError if the text has not two windows."""
+    """int64 [n, length] each: at most so many windows, and at most JUDGED of the others, both spread evenly over the
+    text; each begins with the token that the model's texts begin with, if there is one. UsageError if the text has not
+    two windows."""
     there = cut(tokenizer, text, length=length)
     if len(there) < 2:
         raise UsageError(
             f"the text has one window of {length} tokens; two are needed at least",
             hint="take a longer text, or a smaller length in a recipe's [calibration]",
         )
-    return _spread(there[0::2], windows), _spread(there[1::2], windows)
+    return spread(there[0::2], windows), spread(there[1::2], JUDGED)
 
 
-def _spread(windows: IdArray, count: int) -> IdArray:
+def spread(windows: IdArray, count: int) -> IdArray:
+    """At most so many of the windows [n, length], at even distances from the first to the last."""
     if len(windows) <= count:
         return windows
     return np.asarray(windows[np.linspace(0, len(windows) - 1, count).round().astype(int)])

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from edgewise.compress.judge.nets import size
 from edgewise.engines.onnx_part import OnnxPart
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
 
@@ -47,18 +48,6 @@ class NetQuantization:
     top1_agreement: float
 
 
-def read_inputs(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz by name, without code in it; SourceError if it is none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError) as e:
-        raise SourceError(
-            f"{path} is no file of arrays: {e}",
-            hint="numpy.savez writes one, an array for each of the network's inputs",
-        ) from e
-
-
 def quantize_net(
     source: Path,
     output: Path,
@@ -67,10 +56,13 @@ def quantize_net(
     activation_bits: Literal[8, 16],
     show: Show = lambda what, done, total: None,
 ) -> NetQuantization:
-    """Write the network as QDQ. `inputs` has an array [n, …] for each of its inputs, n alike and at least LEAST.
+    """Write the network as QDQ, once it was compared. `inputs` has an array [n, …] for each of its inputs, n alike and
+    at least LEAST.
 
-    SourceError for a file that is no network, UsageError for inputs that do not fit or are too few, UnsupportedModel
-    for a network that cannot be quantized."""
+    SourceError for a file that is no network, UsageError for inputs that do not fit or are too few and for an `output`
+    that is there already, UnsupportedModel for a network that cannot be quantized."""
+    if output.exists():
+        raise UsageError(f"{output} is there already", hint="take another name, or remove that file")
     model = _loaded(source)
     names, count = _checked(model, inputs)
     rows = _rows(model)
@@ -83,13 +75,12 @@ def quantize_net(
         _quantized(source, written, feeds, activation_bits)
         show("calibrating", 1, 1)
         quantized = onnx.load(written)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        part = output.with_name(f".{output.name}.partial")
-        part.write_bytes(quantized.SerializeToString(deterministic=True))
-    part.replace(output)
     found = _compared(model, quantized, _pieces({name: inputs[name][held] for name in names}, rows), show, len(held))
-    size = source.stat().st_size + sum(file.stat().st_size for file in _beside(source))
-    return NetQuantization(output, output.stat().st_size, size, len(calibrating), len(held), *found)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.partial")
+    part.write_bytes(quantized.SerializeToString(deterministic=True))
+    part.replace(output)
+    return NetQuantization(output, output.stat().st_size, size(source), len(calibrating), len(held), *found)
 
 
 def _loaded(source: Path) -> onnx.ModelProto:
@@ -99,13 +90,6 @@ def _loaded(source: Path) -> onnx.ModelProto:
         raise SourceError(f"there is no file {e.filename or source}", hint="give the path of an .onnx file") from e
     except Exception as e:  # protobuf's and onnx's own
         raise SourceError(f"{source} is no ONNX file: {e}", hint="give the path of an .onnx file") from e
-
-
-def _beside(source: Path) -> list[Path]:
-    """The files that hold the network's weights, if others do."""
-    light = onnx.load(source, load_external_data=False)
-    names = {entry.value for one in light.graph.initializer for entry in one.external_data if entry.key == "location"}
-    return [source.parent / name for name in sorted(names)]
 
 
 def _checked(model: onnx.ModelProto, inputs: Tensors) -> tuple[list[str], int]:
@@ -126,19 +110,22 @@ def _checked(model: onnx.ModelProto, inputs: Tensors) -> tuple[list[str], int]:
     return names, counts.pop()
 
 
-def _rows(model: onnx.ModelProto) -> int:
-    """How many inputs run at once."""
+def _rows(model: onnx.ModelProto) -> int | None:
+    """How many inputs the network takes at once; None if any number."""
     stored = {one.name for one in model.graph.initializer}
     shapes = [value.type.tensor_type.shape for value in model.graph.input if value.name not in stored]
     fixed = {shape.dim[0].dim_value for shape in shapes if shape.dim and shape.dim[0].dim_value}
-    return min(fixed) if fixed else ROWS
+    return min(fixed, default=None)
 
 
-def _pieces(inputs: Tensors, rows: int) -> list[dict[str, Array]]:
-    """So many inputs at once; what is left over of a network with a fixed number is left out."""
+def _pieces(inputs: Tensors, rows: int | None) -> list[dict[str, Array]]:
+    """Inputs that run at once: so many, the last piece filled up with its last input; without a number at most ROWS."""
     count = len(next(iter(inputs.values())))
-    whole = count if rows == ROWS else count // rows * rows
-    return [{name: value[at : at + rows] for name, value in inputs.items()} for at in range(0, whole, rows)]
+    found = []
+    for at in range(0, count, rows or ROWS):
+        places = np.arange(at, min(at + ROWS, count) if rows is None else at + rows).clip(max=count - 1)
+        found.append({name: value[places] for name, value in inputs.items()})
+    return found
 
 
 def _quantized(source: Path, output: Path, feeds: list[dict[str, Array]], activation_bits: int) -> None:
@@ -159,7 +146,7 @@ def _quantized(source: Path, output: Path, feeds: list[dict[str, Array]], activa
 def _compared(
     source: onnx.ModelProto, quantized: onnx.ModelProto, pieces: list[dict[str, Array]], show: Show, count: int
 ) -> tuple[float, float, float]:
-    """max_abs, cosine, top1_agreement."""
+    """max_abs, cosine, top1_agreement of the first `count` inputs; what follows only fills up."""
     ours, theirs = OnnxPart(quantized, plain=True), OnnxPart(source, plain=True)
     largest = 0.0
     cosines: list[float] = []
@@ -167,7 +154,8 @@ def _compared(
     try:
         for piece in pieces:
             show("comparing", len(cosines), count)
-            found, expected = (_floats(part.run(piece)) for part in (ours, theirs))
+            rows, left = len(next(iter(piece.values()))), count - len(cosines)
+            found, expected = (_floats(part.run(piece), rows, left) for part in (ours, theirs))
             largest = max(largest, *(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)))
             flat, wanted = (np.concatenate([o.reshape(len(o), -1) for o in some], 1) for some in (found, expected))
             cosines += [*_cosine(flat, wanted)]
@@ -179,9 +167,13 @@ def _compared(
     return largest, float(np.mean(cosines)), float(np.mean(agreed))
 
 
-def _floats(outputs: Mapping[str, Array]) -> list[npt.NDArray[np.float64]]:
-    """The outputs of numbers with a row for each input."""
+def _floats(outputs: Mapping[str, Array], rows: int, left: int) -> list[npt.NDArray[np.float64]]:
+    """The outputs of numbers with a row for each of `rows` inputs, of which the first `left` count. Where one runs
+    alone, whatever comes out is its row."""
     found = [value.astype(np.float64) for value in outputs.values() if value.dtype.kind == "f" and value.ndim]
+    if rows == 1:
+        found = [value if len(value) == 1 else value[None] for value in found]
+    found = [value[:left] for value in found if len(value) == rows]
     if not found:
         raise UnsupportedModel("the network has no floating output to compare", hint="quantize its encoder alone")
     return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -32,8 +33,9 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has no
 
 
 def main(source: Path, output: Path, inputs: Path, activation_bits: int) -> None:
-    prepared = output.with_name("prepared.onnx")
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    whole, prepared = output.with_name("whole.onnx"), output.with_name("prepared.onnx")
+    onnx.save(onnx.load(source), whole)  # weights that lie beside the source would not be found
+    quant_pre_process(whole, prepared, skip_symbolic_shape=True)
     quantize_static(
         prepared,
         output,

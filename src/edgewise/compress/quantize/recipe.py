@@ -122,8 +122,20 @@ def read(text: bytes, where: str) -> Recipe:
         recipe = msgspec.convert(data, Recipe)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, RecursionError) as e:
         raise ConfigError(f"{where} is no recipe: {e}", hint="docs/formats/recipe.md has all keys") from e
-    if recipe.mixed is not None and not recipe.mixed.choices:
+    if recipe.mixed is not None:
+        _check(recipe.mixed, recipe.calibration, where)
+    return recipe
+
+
+def _check(mixed: Mixed, calibration: Calibration, where: str) -> None:
+    if not mixed.choices:
         raise ConfigError(
             f"{where} has no choices under [mixed]", hint=f"take some of {', '.join(get_args(Precision))}"
         )
-    return recipe
+    for name in ("windows", "length"):
+        asked, there = getattr(mixed, name), getattr(calibration, name)
+        if asked > there:
+            raise ConfigError(
+                f"{where} has mixed.{name} {asked} and calibration.{name} {there}",
+                hint="costs are measured over a part of the calibration's windows: lower the first or raise the second",
+            )
