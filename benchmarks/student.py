@@ -1,11 +1,13 @@
 """The default student: how fast beside its teacher, how near to it, and what its teacher's word was worth.
 
-    python benchmarks/student.py STUDENT TEACHER RUN BASELINE [--trials RUN…] [--rounds 7] [--json]
+    python benchmarks/student.py STUDENT TEACHER RUN BASELINE --replay FILE [--trials RUN…] [--rounds 7] [--json]
 
 STUDENT and TEACHER are bundles under EDGEWISE_HOME; RUN and BASELINE the outputs of two runs of `edgewise distill` over
 the same rows, of which the second knew no teacher (alpha = 0). Decoding: turns of both bundles, each in a process of
 its own. Agreement: of both runs' float32 students with the teacher, row by row of what was held out, and the bundle's.
-Of trials, shorter runs over those rows, what their logs say is taken down too.
+The replay, which `edgewise record` made of both on prompts that the student has not learnt from (student_prompts.py)
+and that the policy was not fitted on, says what the pair does with the policy that ships. Of trials, shorter runs over
+those rows, what their logs say is taken down too.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ from edgewise.engines.load import loaded
 from edgewise.engines.together import answers, prompt_ids
 from edgewise.evaluate.chart import Axis, Line, chart
 from edgewise.evaluate.interval import bootstrap
+from edgewise.joint.judging import judge_replay
+from edgewise.joint.pair import Pair, identity
+from edgewise.joint.policy import Policy
+from edgewise.joint.replay import Replay
+from edgewise.models.bundle import MANIFEST
 from edgewise.models.store import find
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.settings import load
@@ -49,6 +56,7 @@ def main() -> None:
     parser.add_argument("teacher")
     parser.add_argument("run", type=Path)
     parser.add_argument("baseline", type=Path)
+    parser.add_argument("--replay", type=Path, required=True)
     parser.add_argument("--trials", type=Path, nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
@@ -63,6 +71,7 @@ def main() -> None:
         "decode": decoding(args.student, args.teacher, args.rounds),
         "agreement": agreement(corpus, args.run, args.baseline),
         "bundle": bundle(args.student, args.teacher, corpus),
+        "pair": pair(args.student, args.replay),
         "training": {"distilled": training(args.run), "text_alone": training(args.baseline)},
         "trials": [training(trial) for trial in args.trials],
     }
@@ -143,6 +152,25 @@ def bundle(student: str, teacher: str, corpus: Corpus) -> dict[str, Any]:
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     found = judged(here, there, corpus.held_out.astype(np.int64), kept=kept, prompts=prompts)
     return {"bytes": here.bytes, "bytes_of_teacher": there.bytes, **found.facts()}
+
+
+def pair(student: str, replay: Path) -> dict[str, Any]:
+    """The shipped policy's whole-answer decisions over prompts that it was not fitted on."""
+    rows = Replay.open(replay)
+    edge = identity(student, find(student, load().settings.home).path / MANIFEST)
+    found = judge_replay(rows, Policy.shipped(Pair(edge, None)))
+    if found.in_sample:
+        raise SystemExit(f"the policy was fitted on all of {replay.name}")
+    return {
+        "rows": found.n,
+        "escalated": found.escalated,
+        "accuracy": {"value": found.accuracy.value, "low": found.accuracy.low, "high": found.accuracy.high},
+        "edge_accuracy": found.edge_accuracy,
+        "cloud_accuracy": found.cloud_accuracy,
+        "drop": found.drop,
+        "apgr": found.curve.apgr,
+        "baselines": {name: curve.apgr for name, curve in found.baselines.items()},
+    }
 
 
 def training(output: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ PAGES = tuple(
     ROOT / "docs" / name
     for name in (
         *("performance.md", "planner.md", "joint.md", "split.md", "split_vision.md"),
-        *("distillation_intents.md", "quantization.md"),
+        *("distillation.md", "distillation_intents.md", "quantization.md"),
     )
 )
 RESULTS = ROOT / "benchmarks" / "results"
@@ -448,6 +448,54 @@ def quantize_encoder(measurement: Measurement) -> Rows:
         ]
 
 
+def student(measurement: Measurement) -> Rows:
+    """The default student; agreement is with the teacher, on what was held out."""
+    yield ["figure", "reached", "95 % interval"]
+    results = measurement["results"]
+    decode, agreement, bundle = results["decode"], results["agreement"], results["bundle"]
+    for name in ("student", "teacher"):
+        yield [f"{name}, decoded tok/s", short(decode[name]["median"]), between(decode[name], short)]
+    yield ["student to teacher", f"{decode['ratio']['median']:.2f}", between(decode["ratio"], "{:.2f}".format)]
+    words = {"distilled": "top-1 agreement, distilled", "text_alone": "the same, text alone", "gain": "gain"}
+    for name, row in agreement.items():
+        if name in words:
+            yield [words[name], f"{row['value']:.2%}", between(row, "{:.2%}".format)]
+    for name, form in {"top1_agreement": "{:.2%}", "kl_mean": "{:.3f}", "kl_p99": "{:.2f}", "perplexity": "{:.1f}",
+                       "perplexity_source": "{:.1f}", "agreement_length": "{:.1f}"}.items():  # fmt: skip
+        low, high = bundle["intervals"][name]
+        yield [f"bundle: {name}", form.format(bundle[name]), f"{form.format(low)} to {form.format(high)}"]
+    yield ["bundle, MB", f"{bundle['bytes'] / 1e6:.1f}", ""]
+    yield ["the teacher's, MB", f"{bundle['bytes_of_teacher'] / 1e6:.1f}", ""]
+
+
+def between(figure: dict[str, Any], form: Callable[[float], str]) -> str:
+    return f"{form(figure['low'])} to {form(figure['high'])}"
+
+
+def student_pair(measurement: Measurement) -> Rows:
+    """Student and teacher as a cascade with the policy that ships."""
+    yield ["prompts", "to the cloud", "right", "95 % interval", "edge alone", "cloud alone", "kept, wrong, cloud right"]
+    found = measurement["results"]["pair"]
+    yield [
+        *(f"{found['rows']:,}", f"{found['escalated']:.1%}", f"{found['accuracy']['value']:.3f}"),
+        between(found["accuracy"], "{:.3f}".format),
+        *(f"{found['edge_accuracy']:.3f}", f"{found['cloud_accuracy']:.3f}", f"{found['drop']:.1%}"),
+    ]
+
+
+def student_runs(measurement: Measurement) -> Rows:
+    """The two long runs and the trials, by their last look at what was held out."""
+    yield ["run", "alpha", "T", "learning rate", "tokens", "hours", "KL, nats", "top-1 agreement", "cross-entropy"]
+    results = measurement["results"]
+    for run in [*results["training"].values(), *results["trials"]]:
+        config, last = run["config"], run["held_out"][-1]
+        yield [
+            *(run["run"], f"{config['loss.alpha']:g}", f"{config['loss.temperature']:g}", f"{config['train.lr']:g}"),
+            *(f"{run['tokens']:,}", f"{run['hours']:.2f}"),
+            *(f"{last['kl']:.3f}", f"{last['top1_agreement']:.1%}", f"{last['ce']:.3f}"),
+        ]
+
+
 def intents(measurement: Measurement) -> Rows:
     """A line for each way of learning; gains are over labels alone, in points."""
     yield [
@@ -526,6 +574,9 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "split_relay": ("split_relay", split_relay),
     "quantize": ("quantize", quantize),
     "quantize_encoder": ("quantize", quantize_encoder),
+    "student": ("student", student),
+    "student_runs": ("student", student_runs),
+    "student_pair": ("student", student_pair),
     "intents": ("intents", intents),
     "intents_cascade": ("intents_cascade", intents_cascade),
 }
