@@ -59,11 +59,8 @@ def pinned() -> list[str]:
 def installed_bytes(package: str) -> int:
     """As recorded at installation; our own is an editable one and is counted in the checkout."""
     if package == "edgewise":
-        return sum(
-            file.stat().st_size
-            for file in (ROOT / "src").rglob("*")
-            if file.suffix in {".py", ".json", ".typed", ".txt"}
-        )
+        files = (file for file in (ROOT / "src").rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+        return sum(file.stat().st_size for file in files)
     paths = [Path(str(file.locate())) for file in distribution(package).files or [] if file.suffix != ".pyc"]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
