@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPTS ?= demo/prompts.jsonl
 TESTS ?= tests
+EXPORT := $(wildcard src/edgewise/export/*/environments/torch.txt)
+EXPORTED := .cache/environments/torch/edgewise-environment.json
 NATIVE := scripts/native.py $(wildcard src/edgewise/engines/native/*.[ch])
 
 .PHONY: demo test check bench docs
@@ -11,7 +13,7 @@ NATIVE := scripts/native.py $(wildcard src/edgewise/engines/native/*.[ch])
 demo: .venv/.demo
 	$(BIN)/python demo/run.py "$(PROMPTS)"
 
-test: .venv/.dev
+test: .venv/.dev $(EXPORTED)
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 check: .venv/.dev
@@ -27,6 +29,11 @@ bench: .venv/.dev
 docs: .venv/.dev
 	$(BIN)/python scripts/cli_docs.py
 	$(BIN)/python scripts/figures.py
+
+# The converters, which cannot live in .venv; made once, 2.5 GB. edgewise itself looks whether they are those of the lock.
+$(EXPORTED): $(EXPORT) | .venv/.dev
+	EDGEWISE_HOME="$(CURDIR)/.cache" $(BIN)/edgewise doctor --install torch
+	touch $@
 
 .venv/.%: requirements/%.txt requirements/demo.txt requirements/run.txt pyproject.toml scripts/setup $(NATIVE)
 	scripts/setup "$(PYTHON)" $*

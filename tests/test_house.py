@@ -15,10 +15,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from edgewise.export.work.worker import LIBRARIES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "edgewise"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FITTING = PACKAGE / "joint" / "fit"  # imported by nothing but `edgewise calibrate`
+EXPORTING = PACKAGE / "export"  # its workers run where the converters are
 HEAVY = (
     "onnxruntime",
     "onnx",
@@ -92,13 +95,30 @@ def test_the_contract_names_every_room() -> None:
 
 
 def test_every_declared_dependency_is_imported_and_every_import_declared() -> None:
-    files = [file for file in PACKAGE.rglob("*.py") if file.parent != FITTING]
+    files = [file for file in PACKAGE.rglob("*.py") if file.parent != FITTING and EXPORTING not in file.parents]
+    needed = {canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]}
+    assert distributions(files) - trainers() == needed
+
+
+def test_what_exporters_import_is_in_the_lock_of_an_environment() -> None:
+    locks = (EXPORTING / "work" / "environments").glob("*.txt")
+    locked = {line.partition("==")[0] for lock in locks for line in lock.read_text().splitlines() if "==" in line}
+    needed = {canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]}
+    own = {"efficientnet-lite-pytorch"}  # comes with the model, see sources/names.py
+    assert distributions([*EXPORTING.rglob("*.py")]) - needed - own <= locked
+
+
+@pytest.mark.parametrize("module", ["edgewise.export.order", "edgewise.export.deploy", "edgewise.toolchain"])
+def test_whoever_orders_an_export_loads_no_converter(module: str) -> None:
+    assert loaded_by(f"import {module}").isdisjoint({*LIBRARIES, "PIL"} - {"numpy"})
+
+
+def distributions(files: list[Path]) -> set[str]:
+    """What of outside the files import."""
     modules = {name.partition(".")[0] for file in files for name in imports(file)}
     outside = modules - set(sys.stdlib_module_names) - {"edgewise", "__future__"}
-    owners = packages_distributions()
-    used = {canonicalize_name(dist) for module in outside for dist in owners.get(module, [module])}
-    needed = {canonicalize_name(Requirement(need).name) for need in PROJECT["project"]["dependencies"]}
-    assert used - trainers() == needed
+    owners = {**{module: [name] for module, name in LIBRARIES.items()}, **packages_distributions()}
+    return {canonicalize_name(name) for module in outside for name in owners.get(module, [module])}
 
 
 def trainers() -> set[str]:
@@ -106,7 +126,7 @@ def trainers() -> set[str]:
 
 
 def test_what_trains_is_in_compress_and_says_so_in_its_first_line() -> None:
-    files = {file: imports(file) for file in PACKAGE.rglob("*.py")}
+    files = {file: imports(file) for file in PACKAGE.rglob("*.py") if EXPORTING not in file.parents}
     training = {file for file, names in files.items() if any(name.partition(".")[0] in trainers() for name in names)}
     assert training
     for file in training:

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgewise.compress.distil.trainer import DistillationTrainer
     from edgewise.devices.views import EdgeGPUSpecs, benchmarks, edge_chips
+    from edgewise.export.deploy import EdgeDeployer
     from edgewise.joint.inference import JointInference
     from edgewise.split.inference import LayerSplitInference
+    from edgewise.toolchain import EdgeToolchain
 
 __all__ = [
     "DistillationTrainer",
+    "EdgeDeployer",
     "EdgeGPUSpecs",
+    "EdgeToolchain",
     "JointInference",
     "LayerSplitInference",
     "__version__",
@@ -23,7 +27,9 @@ __version__ = "0.1.0"
 # Loaded when first used, so that `import edgewise` stays light.
 _DOORS = {
     "DistillationTrainer": "edgewise.compress.distil.trainer",
+    "EdgeDeployer": "edgewise.export.deploy",
     "EdgeGPUSpecs": "edgewise.devices.views",
+    "EdgeToolchain": "edgewise.toolchain",
     "JointInference": "edgewise.joint.inference",
     "LayerSplitInference": "edgewise.split.inference",
     "benchmarks": "edgewise.devices.views",

@@ -16,6 +16,8 @@
     │       └── HashMismatch    a file's bytes are not the ones in the manifest
     ├── OverBudget              nothing that was allowed is small enough
     ├── MissingExtra            an optional library is not installed
+    ├── MissingEnvironment      what a target or a source needs is not installed, or cannot be here
+    ├── ExportError             a converter failed in a way of its own, or took too much
     ├── StorageError            a file could not be written: the disk is full, or closed to us
     ├── EngineError             a running engine could not do the work
     │   ├── GapError            a row starts beyond the end of its session's KV
@@ -141,6 +143,14 @@ class MissingExtra(EdgewiseError):
             hint=f"pip install 'edgewise[{extra}]'",
         )
         self.extra = extra
+
+
+class MissingEnvironment(EdgewiseError):
+    """No Python here has what a target or a source needs, or none can; the hint says how one is made."""
+
+
+class ExportError(EdgewiseError):
+    """A converter, or the runtime that proves its artifact, failed in a way of its own, or took too much."""
 
 
 class StorageError(EdgewiseError):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from calling import Cli
+
+from edgewise.export.work.environments import Environment, Installed
 
 
 def checks(outcome: object) -> dict[str, dict[str, str]]:
@@ -76,6 +79,57 @@ def test_install_hands_the_extras_own_requirements_to_pip(
     assert calls[0][:4] == [sys.executable, "-m", "pip", "install"]
     assert [need.partition(">")[0] for need in calls[0][4:]] == ["xllamacpp"]
     assert "pip install" in outcome.err
+
+
+def test_the_environments_of_export_are_named(cli: Cli) -> None:
+    found = checks(cli("doctor", "--json"))
+    assert found["environment torch"]["status"] == "absent"
+    assert found["environment torch"]["hint"] == "edgewise doctor --install torch"
+    assert "litert" in found["environment torch"]["detail"]
+    assert found["environment qnn"]["status"] == "ok"
+    assert "onnxruntime-qnn" in found["environment qnn"]["detail"]
+
+
+def test_install_makes_the_environment_of_a_target(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = home / "environments" / "torch" / "bin" / "python"
+    wanted = []
+
+    def install(environment: Environment, where: Path, say: Callable[[str], None]) -> Installed:
+        wanted.append((environment.name, where))
+        say("pip is at work")
+        return Installed(environment.name, python, True, 90.0, 2_400_000_000, {"litert-torch": "0.10.0"})
+
+    monkeypatch.setattr("edgewise.export.work.environments.install", install)
+    outcome = cli("doctor", "--install", "litert", "--json")
+    assert outcome.code == 0
+    assert wanted == [("torch", home)]
+    assert outcome.json == {
+        "target": "litert",
+        "installed": True,
+        "environment": "torch",
+        "python": str(python),
+        "made": True,
+        "seconds": 90.0,
+        "bytes": 2_400_000_000,
+        "versions": {"litert-torch": "0.10.0"},
+    }
+    assert "pip is at work" in outcome.err
+    assert "2400 MB" in cli("doctor", "--install", "coreml").out
+
+
+def test_an_environment_that_cannot_be_made_is_a_fault_outside(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgewise.export.work.environments.platform.machine", lambda: "riscv64")
+    outcome = cli("doctor", "--install", "coreml", "--json")
+    assert outcome.code == 3
+    assert "no wheel of litert-converter and coremltools for Linux riscv64" in outcome.err
+    assert "not on this machine" in checks(cli("doctor", "--json"))["environment torch"]["detail"]
+
+
+def test_an_unknown_part_is_refused_with_the_known_ones(cli: Cli) -> None:
+    outcome = cli("doctor", "--install", "tensrt")
+    assert outcome.code == 2
+    for name in ("llamacpp", "litert", "tensorrt", "tensorflow"):
+        assert name in outcome.err
 
 
 def test_config_show_names_the_source_of_every_value(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,11 @@ from edgewise.compress.lessons import answers, corpus
 from edgewise.compress.lessons.answers import prompts_of, written
 from edgewise.compress.lessons.corpus import Corpus, build, learnt
 from edgewise.compress.lessons.documents import Document, Encoder, gathered
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.engines.decode import Decoder
 from edgewise.engines.fake import FakeGenerator, FakeTokenizer, FakeTokenModel
 from edgewise.errors import SourceError, StorageError, Unreachable, UsageError
 from edgewise.models.tokenizer import Config
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.types import Message, Request
 from tiny import SPECIAL, TEMPLATE, VOCAB, byte_tokenizer
 

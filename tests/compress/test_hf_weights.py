@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from edgewise.compress.student import hf_weights
-from edgewise.compress.student.hf_weights import HfWeights
 from edgewise.compress.student.network import made, saved
 from edgewise.engines.base import Row
 from edgewise.engines.load import local_model
 from edgewise.errors import BundleError, SourceError, UnsupportedModel
+from edgewise.models import hf_weights
 from edgewise.models.bundle import Bundle
+from edgewise.models.hf_weights import HfWeights
 from edgewise.models.source import pull
 from edgewise.types import FloatArray
 from tiny import SPECIAL, VOCAB, save_gguf, save_hf, tiny

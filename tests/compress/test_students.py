@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from edgewise.compress.student import hf_weights
-from edgewise.compress.student.hf_weights import HfWeights
 from edgewise.compress.student.network import made, saved
 from edgewise.compress.student.surgery import chosen, ffn_worth, hidden_worth, smaller
 from edgewise.compress.student.vocabulary import counted, pruned
 from edgewise.engines.base import Row
 from edgewise.engines.load import local_model
 from edgewise.errors import SourceError, StorageError, UnsupportedModel, UsageError
+from edgewise.models import hf_weights
+from edgewise.models.hf_weights import HfWeights
 from edgewise.models.source import pull
 from edgewise.models.tokenizer import Tokenizer
 from edgewise.types import FloatArray

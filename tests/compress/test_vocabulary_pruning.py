@@ -18,12 +18,12 @@ from tokenizers import Tokenizer as Core
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.compress.student.vocabulary import Vocabulary, counted, pruned
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.gguf import GGUF
 from edgewise.models.tokenizer import BYTES
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.models.tokenizer_writer import write_from_gguf, write_from_hf
 from edgewise.types import Message
 from vocabularies import SPECIALS, byte_level_gguf, sentencepiece_gguf, strings

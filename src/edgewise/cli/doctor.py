@@ -25,6 +25,7 @@ from edgewise.errors import EdgewiseError, RemoteError, UsageError
 from edgewise.settings import load, secret
 
 if TYPE_CHECKING:
+    from edgewise.export.work.environments import Environment
     from edgewise.settings import Settings
 
 DISK_NEEDED = 1 << 30  # bytes; a pull of the default model holds its source and its bundle
@@ -42,7 +43,9 @@ class Check:
 
 
 def doctor(
-    install: Annotated[str | None, typer.Option(metavar="TARGET", help="install what an optional part needs")] = None,
+    install: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="install what an extra or a target of export needs")
+    ] = None,
     cloud: Cloud = None,
     cloud_key_env: CloudKeyEnv = None,
     config: Config = None,
@@ -50,10 +53,10 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Check what works on this machine. Exit code 1 if something that is needed does not."""
-    if install is not None:
-        _install(install, as_json=json)
-        return
     settings = load(flags(cloud=cloud, cloud_key_env=cloud_key_env), config=config).settings
+    if install is not None:
+        _install(install, settings.home, as_json=json)
+        return
     checks = list(_checks(settings))
     ok = all(check.status != "failed" for check in checks)
     rows = [(c.status, c.name, f"{c.detail} ({c.hint})" if c.hint else c.detail) for c in checks]
@@ -69,6 +72,7 @@ def _checks(settings: Settings) -> Iterator[Check]:
     yield _native()
     yield _onnxruntime()
     yield from map(_extra, sorted(_extras()))
+    yield from _environments(settings.home)
     yield from _bundles(settings.home)
     yield _disk(settings.home)
     yield _port(settings.serve.host, settings.serve.port)
@@ -130,6 +134,24 @@ def _extra(extra: str) -> Check:
         return Check(extra, "absent", f"{e.name} is not installed", hint=f"edgewise doctor --install {extra}")
 
 
+def _environments(home: Path) -> Iterator[Check]:
+    from edgewise.export.work.environments import ENVIRONMENTS, missing_here, pins, stamp, unsupported
+
+    for environment in ENVIRONMENTS.values():
+        name = f"environment {environment.name}"
+        versions = {one: pins(environment.lock)[one] for one in environment.asked}
+        holds = f"{', '.join(environment.serves)}: {', '.join(f'{one} {version}' for one, version in versions.items())}"
+        if not missing_here(environment, environment.asked):
+            yield Check(name, "ok", f"{holds}, in this Python")
+        elif stamp(environment, home) is not None:
+            yield Check(name, "ok", holds)
+        elif why := unsupported(environment):
+            yield Check(name, "absent", f"{', '.join(environment.serves)}: not on this machine, as {why}")
+        else:
+            hint = f"edgewise doctor --install {environment.name}"
+            yield Check(name, "absent", f"{', '.join(environment.serves)}: not installed", hint=hint)
+
+
 def _bundles(home: Path) -> Iterator[Check]:
     from edgewise.models.store import bundles_dir, find
 
@@ -179,15 +201,34 @@ def _cloud(url: str, key: str | None) -> Check:
         return Check("cloud", "failed", e.message, e.hint or "check the address, the network and --cloud-key-env")
 
 
-def _install(target: str, *, as_json: bool) -> None:
+def _install(target: str, home: Path, *, as_json: bool) -> None:
+    from edgewise.export.work.environments import ENVIRONMENTS, TARGETS, environment_for
+
+    if environment := environment_for(target):
+        _install_environment(target, environment, home, as_json=as_json)
+    elif target in _extras():
+        _install_extra(target, as_json=as_json)
+    else:
+        known = sorted({*_extras(), *TARGETS, *ENVIRONMENTS})
+        raise UsageError(f"there is no optional part {target!r}", hint=f"known: {', '.join(known)}")
+
+
+def _install_environment(target: str, environment: Environment, home: Path, *, as_json: bool) -> None:
+    from edgewise.export.work.environments import install
+
+    done = install(environment, home, note)
+    how = f"made in {done.seconds:.0f} s" if done.made else "was there"
+    facts = {"target": target, "installed": True, **asdict(done), "python": str(done.python)}
+    text = f"{target}: the environment {done.environment} {how}, {done.bytes / 1e6:.0f} MB: {done.python}"
+    result(facts, text, as_json=as_json)
+
+
+def _install_extra(extra: str, *, as_json: bool) -> None:
     """Install an extra's own requirements; naming ourselves to pip could fetch a stranger of the same name."""
-    extras = _extras()
-    if target not in extras:
-        raise UsageError(f"there is no optional part {target!r}", hint=f"known: {', '.join(sorted(extras))}")
-    command = [sys.executable, "-m", "pip", "install", *extras[target]]
+    command = [sys.executable, "-m", "pip", "install", *_extras()[extra]]
     note(shlex.join(command))
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     outcome = "installed" if code == 0 else f"pip failed with exit code {code}"
-    result({"target": target, "command": command, "installed": code == 0}, f"{target}: {outcome}", as_json=as_json)
+    result({"target": extra, "command": command, "installed": code == 0}, f"{extra}: {outcome}", as_json=as_json)
     if code:
         raise typer.Exit(3)

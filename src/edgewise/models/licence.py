@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 HEAD_BYTES = 1 << 16  # front matter is a page at most
@@ -27,6 +28,16 @@ def declared(directory: Path) -> str | None:
         link = fields.get("license_link", [""])[0]
         return f"{licences[0]} ({link})" if link else licences[0]
     return " and ".join(licences) or None
+
+
+def carry(licence: str | None, notices: Path | None, directory: Path) -> None:
+    """What travels with weights into a Hugging Face directory: the licence's identifier in README.md, and the files of
+    the directory `notices`."""
+    if licence is not None:
+        (directory / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+    if notices is not None:
+        for file in (file for pattern in NOTICES for file in notices.glob(pattern)):
+            shutil.copyfile(file, directory / file.name)
 
 
 def is_permissive(licence: str) -> bool:

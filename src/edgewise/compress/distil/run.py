@@ -30,18 +30,18 @@ from edgewise.compress.lessons.documents import Document, Encoder, Gathered, gat
 from edgewise.compress.lessons.teacher import Taught, teach
 from edgewise.compress.storing import storing
 from edgewise.compress.student.depth import needed_layers
-from edgewise.compress.student.hf_weights import HfWeights, of
 from edgewise.compress.student.network import made, saved
 from edgewise.compress.student.surgery import smaller
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.compress.student.vocabulary import counted, pruned
 from edgewise.engines.decode import Decoder
 from edgewise.engines.load import loaded
 from edgewise.errors import UsageError
 from edgewise.models.bundle import MANIFEST, Bundle
 from edgewise.models.download import Progress
+from edgewise.models.hf_weights import HfWeights, of
 from edgewise.models.source import pull
 from edgewise.models.store import bundles_dir, find
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.types import IdArray
 
 READ: Final = 4  # rows that say which layers a teacher needs

@@ -14,10 +14,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, Final, TypeGuard
 
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import SourceError, Unreachable, UsageError
 from edgewise.models.bundle import sha256
 from edgewise.models.tokenizer import Tokenizer
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.types import Message
 
 PROMPT, ANSWER, CUT = "prompt", "answer", "cut"  # fields of a file of answers.py

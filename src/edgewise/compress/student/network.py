@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edgewise.compress.storing import storing_directory
-from edgewise.compress.student.hf_weights import EMBEDDING, LM_HEAD, HfWeights, of
 from edgewise.compress.student.surgery import smaller
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import SourceError, UsageError
-from edgewise.models.licence import NOTICES
+from edgewise.models.hf_weights import EMBEDDING, LM_HEAD, HfWeights, of
+from edgewise.models.licence import carry
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.types import IdArray
 
 SavedType = Literal["float32", "float16", "bfloat16"]
@@ -66,11 +65,7 @@ def saved(
         _write(model, work, dtype)
         tokenizer.write_huggingface(work)
         _write_ids(work / CONFIG, tokenizer, dtype)
-        if licence is not None:
-            (work / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
-        if notices is not None:
-            for file in (file for pattern in NOTICES for file in notices.glob(pattern)):
-                shutil.copyfile(file, work / file.name)
+        carry(licence, notices, work)
     return directory
 
 

@@ -18,8 +18,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.compress.student.hf_weights import EMBEDDING, LM_HEAD, NORM, HfWeights
 from edgewise.errors import UnsupportedModel, UsageError
+from edgewise.models.hf_weights import EMBEDDING, LM_HEAD, NORM, HfWeights
 from edgewise.types import FloatArray, IdArray
 
 Doubles = npt.NDArray[np.float64]

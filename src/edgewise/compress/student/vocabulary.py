@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer as Core
 
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.models.tokenizer import BYTES, Config
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.types import IdArray
 
 TOGETHER = 1000  # texts encoded at a time

@@ -2,6 +2,7 @@
 
 Quantized matrices come out as the exact numbers that they stand for, so a student can begin where its teacher is and a
 teacher can be run by torch. Tensors are made when they are asked for: one at a time is in memory.
+`write` makes a Hugging Face directory of them, for what reads nothing else.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from edgewise.compress.student.tokenizer_files import TokenizerFiles
 from edgewise.errors import UnsupportedModel
 from edgewise.models import rope
 from edgewise.models.blocks import Layer
@@ -24,11 +25,14 @@ from edgewise.models.bundle import MANIFEST, Bundle
 from edgewise.models.card import Card, Rope
 from edgewise.models.from_gguf import GGUFSource
 from edgewise.models.from_hf import IGNORED_TENSORS, HuggingFaceSource
+from edgewise.models.licence import carry
 from edgewise.models.tensors import EMBED, FINAL_NORM, HEAD, embedding, matrices, vectors
+from edgewise.models.tokenizer_files import TokenizerFiles
 from edgewise.models.weights import Matrix, split
 from edgewise.types import FloatArray
 
 EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+SHARD_BYTES: Final = 1 << 31  # of tensors that stand in one file
 FROM_HF = "take the model's Hugging Face directory, which says itself what it is"
 
 
@@ -53,6 +57,38 @@ def of(source: Path | Bundle) -> HfWeights:
     if (source / MANIFEST).is_file():
         return _of_bundle(Bundle.open(source, check=False))
     return _of_directory(source) if source.is_dir() else _of_gguf(source)
+
+
+def write(weights: HfWeights, directory: Path) -> Path:
+    """The weights as they are, float32, in a new Hugging Face directory, which transformers and `of` read."""
+    directory.mkdir(parents=True)
+    config = {**weights.config, "dtype": "float32"}
+    config.pop("torch_dtype", None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights.tokenizer.write_huggingface(directory)
+    carry(weights.licence, weights.notices, directory)
+    _write_shards(weights.tensors, directory)
+    return directory
+
+
+def _write_shards(tensors: Mapping[str, FloatArray], directory: Path) -> None:
+    """One file, or several with the index that says which tensor is where."""
+    places: dict[str, str] = {}
+    shard: dict[str, FloatArray] = {}
+    size = total = 0
+    last = len(tensors) - 1
+    for n, (name, values) in enumerate(tensors.items()):
+        shard[name] = np.ascontiguousarray(values)
+        size += values.nbytes
+        if size >= SHARD_BYTES or n == last:
+            whole = n == last and not places
+            file = "model.safetensors" if whole else f"model-{len(set(places.values())) + 1:05}.safetensors"
+            save_file(shard, directory / file, {"format": "pt"})
+            places |= dict.fromkeys(shard, file)
+            total, size, shard = total + size, 0, {}
+    if len(set(places.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _of_directory(path: Path) -> HfWeights:

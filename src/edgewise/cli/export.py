@@ -1,0 +1,189 @@
+"""`edgewise export`: a model in other runtimes' formats, each with proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgewise.cli.options import Config, Debug, Json, Shape, shapes_of
+from edgewise.cli.output import columns, megabytes, progress, result
+from edgewise.errors import UsageError
+from edgewise.settings import load
+
+if TYPE_CHECKING:
+    from edgewise.export.work.process import Bounds
+
+OK, REFUSED, FAILED = "ok", "refused", "failed"
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="module:attribute, an .onnx, .pt2 or .gguf file, a model directory, a bundle, or a name",
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="A,B,C", help="of onnx, litert, coreml, tensorrt, qnn; litert:int8 for one")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="where the artifacts and the report go")
+    ],
+    inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="real inputs: .npz, a directory of photos, .txt or .jsonl  [default: noise]"),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="P,Q", help="fp32, fp16, int8, int8-dynamic, int4  [default: each target's own]"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="SHARE", help="refuse what loses more accuracy (0.01 is a point)"),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="hold the pessimistic end of the interval against the budget")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="inputs to calibrate int8 with  [default: 64 of the inputs, kept back]"),
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="prove this artifact instead of converting: one target")
+    ] = None,
+    shape: Shape = None,
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="of pixels in 0..1, for photos")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="of pixels in 0..1, for photos")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="T", help="classify, embed or numbers  [default: what the model is]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="to which texts are padded")] = 128,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="TARGET.KEY=VALUE", help="of one target; docs/export.md lists them")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")] = 1800,
+    memory_limit: Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")] = 12,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")] = 2,
+    config: Config = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a model to other runtimes' formats, prove on real inputs what each file does, and refuse what lost too
+    much. Exit code 1 if one is refused, 3 if one cannot be made."""
+    from edgewise.export.order import Asked, exported
+
+    asked = Asked(
+        model=model,
+        to=to,
+        output=output,
+        data=inputs,
+        precision=precision,
+        max_drop=max_drop,
+        strict=strict,
+        calibration=calibration,
+        checked=check,
+        shapes=shapes_of(shape),
+        preprocessing=_preprocessing(mean, std),
+        task=_task(task),
+        max_tokens=max_tokens,
+        options=_options(option),
+        bounds=bounds(time_limit, memory_limit),
+        threads=threads,
+    )
+    with progress() as show:
+        facts = exported(asked, load(config=config).settings.home, show)
+    finish(facts, output, json=json)
+
+
+def finish(facts: Mapping[str, Any], output: Path, *, json: bool) -> None:
+    """Prints what was found and ends with the exit code that it has."""
+    result(facts, text(facts, output), as_json=json)
+    statuses = {one["status"] for one in facts["targets"].values()}
+    if REFUSED in statuses:
+        raise typer.Exit(1)
+    if FAILED in statuses:
+        raise typer.Exit(3)
+
+
+def text(facts: Mapping[str, Any], output: Path) -> str:
+    """A line per artifact, and beneath them why something was refused or failed."""
+    rows = [("target", "precision", "status", "level", "size", "drop", "top-1 agreement", "on the accelerator")]
+    said = []
+    for key, one in facts["targets"].items():
+        rows.append((key, *_row(one)))
+        said += [f"{key}: {line}" for line in _reasons(one)]
+    return "\n".join([columns(rows), *said, f"report: {output / 'report.html'}"])
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    coverage, drop = one["coverage"], one["drop"]
+    parity = one["parity"] or one["interpreted"] or {}
+    agreement = parity.get("top1_agreement")
+    return (
+        one["precision"],
+        one["status"],
+        one["level"],
+        "-" if one["bytes"] is None else megabytes(one["bytes"]),
+        "-" if drop is None else f"{drop['point']:.2%} [{drop['low']:.2%}, {drop['high']:.2%}]",
+        "-" if agreement is None else f"{agreement:.2%}",
+        "-" if coverage is None else f"{coverage['accelerated']} of {coverage['nodes']}",
+    )
+
+
+def _reasons(one: Mapping[str, Any]) -> list[str]:
+    if one["error"] is not None:
+        hint = one["error"]["hint"]
+        return [one["error"]["message"] + (f" ({hint})" if hint else "")]
+    lines = [f"{check['name']}: {check['detail']}" for check in one["checks"] or () if not check["ok"]]
+    where = one["where"]
+    if where:
+        lines.append(f"where: {where.get('words') or where['unknown']}")
+    return lines
+
+
+def _preprocessing(mean: str | None, std: str | None) -> dict[str, Any]:
+    if (mean is None) != (std is None):
+        raise UsageError("--mean and --std belong together", hint="give both: of pixels in 0..1")
+    return {} if mean is None or std is None else {"mean": _channels("--mean", mean), "std": _channels("--std", std)}
+
+
+def _channels(flag: str, given: str) -> list[float]:
+    try:
+        found = [float(part) for part in given.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != 3 or (flag == "--std" and min(found) <= 0):
+        raise UsageError(f"{flag} is {given!r}", hint="three numbers: 0.485,0.456,0.406")
+    return found
+
+
+def _task(given: str | None) -> Any:
+    if given not in (None, "classify", "embed", "numbers"):
+        raise UsageError(f"--task is {given!r}", hint="classify, embed and numbers are allowed")
+    return given
+
+
+def _options(given: list[str] | None) -> dict[str, dict[str, Any]]:
+    import json
+
+    found: dict[str, dict[str, Any]] = {}
+    for one in given or ():
+        name, _, value = one.partition("=")
+        target, _, key = name.partition(".")
+        if not (target and key and value):
+            raise UsageError(f"--option is {one!r}", hint="write TARGET.KEY=VALUE: coreml.target=iOS18")
+        try:
+            found.setdefault(target, {})[key] = json.loads(value)
+        except ValueError:
+            found.setdefault(target, {})[key] = value
+    return found
+
+
+def bounds(seconds: float, gigabytes: float) -> Bounds:
+    from edgewise.export.work.process import Bounds
+
+    return Bounds(seconds, int(gigabytes * 1e9))

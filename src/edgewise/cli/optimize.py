@@ -1,0 +1,69 @@
+"""`edgewise optimize`: what a platform wants, made and proved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgewise.cli.export import bounds, finish
+from edgewise.cli.options import Config, Debug, Json, Shape, shapes_of
+from edgewise.cli.output import note, progress
+from edgewise.settings import load
+
+
+def optimize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="as `edgewise export` takes it")],
+    platform: Annotated[
+        str, typer.Option(metavar="P", help="android, android-int8, ios, ios-palettized, embedded, or a preset's .toml")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="where the artifacts and the report go")
+    ],
+    inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="real inputs: .npz, a directory of photos, .txt or .jsonl  [default: noise]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="D", help="of `edgewise devices`: adds what that one can run")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="B", help="one of the preset's: litert, nnapi, xnnpack …")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="SHARE", help="refuse what loses more accuracy (0.01 is a point)"),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="hold the pessimistic end of the interval against the budget")
+    ] = False,
+    shape: Shape = None,
+    time_limit: Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")] = 1800,
+    memory_limit: Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")] = 12,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")] = 2,
+    config: Config = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a model by a platform's preset. Exit code 1 if an artifact is refused, 3 if one cannot be made."""
+    from edgewise.export.order import Asked
+    from edgewise.toolchain import optimized
+
+    asked = Asked(
+        model=model,
+        to="",
+        output=output,
+        data=inputs,
+        max_drop=max_drop,
+        strict=strict,
+        shapes=shapes_of(shape),
+        bounds=bounds(time_limit, memory_limit),
+        threads=threads,
+    )
+    with progress() as show:
+        home = load(config=config).settings.home
+        facts = optimized(asked, platform, home, device=device, backend=backend, show=show)
+    for warning in facts["warnings"]:
+        note(warning)
+    finish(facts, output, json=json)

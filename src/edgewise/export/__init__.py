@@ -1,0 +1,1 @@
+"""Other runtimes' formats, each with proof of what the file does."""

@@ -1,0 +1,141 @@
+"""Presets: which artifacts a platform gets, as data. Ours lie in `presets/`; a user's own file is one too."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from edgewise.devices.catalogue import Catalogue, Device
+from edgewise.errors import UsageError
+from edgewise.export.wanted import LANGUAGE_PRECISIONS, OPTIONS, PRECISIONS_OF, Wanted
+from edgewise.export.work.job import Precision
+
+PRESETS: Final = Path(__file__).with_name("presets")
+FORMAT: Final = 1
+SIZE_LIMIT: Final = 1 << 16
+
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
+
+
+class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file. With `devices` it is made for those alone, with the options of each."""
+
+    target: str
+    precision: Precision
+    backend: Text
+    options: dict[str, Any] = {}
+    devices: dict[str, dict[str, Any]] | None = None
+
+
+class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`artifacts` in the order of preference: the first that applies is what the preset is about. `backends` are other
+    names for it, each with what must be said about it."""
+
+    format: int
+    platform: Text
+    about: Text
+    artifacts: tuple[Artifact, ...]
+    accelerators: tuple[Text, ...] = ()
+    notes: tuple[Text, ...] = ()
+    backends: dict[str, Text] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is made of a preset for one device, or for none in particular. `warning` is of the backend asked for."""
+
+    preset: Preset
+    wanted: tuple[Wanted, ...]
+    backends: Mapping[str, str] = field(default_factory=dict)  # by the keys of `wanted`
+    warning: str | None = None
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read(name: str) -> Preset:
+    """One of ours by name, or a file. UsageError naming what is wrong with it."""
+    path = PRESETS / f"{name}.toml" if name in names() else Path(name)
+    if path.suffix != ".toml":
+        raise UsageError(f"there is no platform {name!r}", hint=f"known are {', '.join(names())}, or give a .toml file")
+    try:
+        raw = path.read_bytes()
+        if len(raw) > SIZE_LIMIT:
+            raise UsageError(f"{path} is longer than {SIZE_LIMIT} bytes, so it is no preset")
+        preset = msgspec.convert(tomllib.loads(raw.decode()), Preset)
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read: {e.strerror}", hint=f"ours are {', '.join(names())}") from e
+    except (ValueError, RecursionError) as e:  # msgspec's and tomllib's errors are ValueErrors
+        raise UsageError(f"{path} is no preset: {e}", hint="docs/export.md says what is allowed") from e
+    _check(path, preset)
+    return preset
+
+
+def chosen(
+    preset: Preset, catalogue: Catalogue, device: str | None, backend: str | None, *, language: bool = False
+) -> Choice:
+    """UsageError for a device that the catalogue does not have and for a backend that the preset does not."""
+    id = None if device is None else catalogue.find(device)[0]
+    found = [one for one in preset.artifacts if one.devices is None or id in one.devices]
+    if language:
+        found = [one for one in found if one.target in LANGUAGE_PRECISIONS]
+    known = {one.backend for one in found}
+    if backend is not None and backend not in known | set(preset.backends):
+        raise UsageError(
+            f"{preset.platform} has no backend {backend!r}" + (f" on {id}" if id else ""),
+            hint=f"it has {', '.join(sorted(known | set(preset.backends)))}",
+        )
+    if backend in known:
+        found = [one for one in found if one.backend == backend]
+    elif backend is not None:
+        found = found[:1]
+    wanted = [_wanted(one, id, language=language) for one in found]
+    names = {
+        w.key: backend if backend in preset.backends else one.backend for w, one in zip(wanted, found, strict=True)
+    }
+    return Choice(preset, tuple(wanted), names, preset.backends.get(backend or ""))
+
+
+def memory_note(device: Device, size_bytes: int) -> str | None:
+    """Where a file is larger than what a program may take of the device's memory."""
+    if device.memory_gib is None:
+        return None
+    share = device.os_limits[0].share if device.os_limits and device.os_limits[0].share else 1.0
+    allowed = device.memory_gib.least * 2**30 * share
+    if size_bytes <= allowed:
+        return None
+    return f"{size_bytes / 1e9:.1f} GB, and a program gets {allowed / 1e9:.1f} GB of {device.name}"
+
+
+def _wanted(artifact: Artifact, device: str | None, *, language: bool) -> Wanted:
+    own = (artifact.devices or {}).get(device or "", {})
+    precision = artifact.precision
+    if language and precision not in LANGUAGE_PRECISIONS[artifact.target]:
+        precision = LANGUAGE_PRECISIONS[artifact.target][0]
+    return Wanted(artifact.target, artifact.target, precision, {**artifact.options, **own})
+
+
+def _check(path: Path, preset: Preset) -> None:
+    if preset.format != FORMAT:
+        raise UsageError(f"{path} has the format {preset.format}", hint=f"this version reads {FORMAT}")
+    if not preset.artifacts:
+        raise UsageError(f"{path} has no artifacts", hint="give one or more [[artifacts]]")
+    targets = [one.target for one in preset.artifacts]
+    for one in preset.artifacts:
+        if one.target not in PRECISIONS_OF or one.precision not in PRECISIONS_OF[one.target]:
+            known = "; ".join(f"{name}: {', '.join(some)}" for name, some in PRECISIONS_OF.items())
+            raise UsageError(f"{path} asks for {one.target} {one.precision}", hint=f"there are {known}")
+        options = {**one.options, **{key: 0 for own in (one.devices or {}).values() for key in own}}
+        if unknown := set(options) - set(OPTIONS[one.target]):
+            raise UsageError(
+                f"{path}: {one.target} has no option {', '.join(sorted(unknown))}",
+                hint=f"it has {', '.join(OPTIONS[one.target])}",
+            )
+    if len(set(targets)) != len(targets):
+        raise UsageError(f"{path} names a target twice", hint="make two presets of it")

@@ -1,0 +1,1 @@
+"""The operators of ONNX in torch, and those on shapes in numpy."""

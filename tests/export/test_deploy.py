@@ -1,0 +1,67 @@
+"""The guide's EdgeDeployer and EdgeToolchain, with torch modules as its readers have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nets
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import edgewise
+from edgewise.errors import EdgewiseError, UsageError
+from edgewise.export.deploy import EdgeDeployer, as_model
+
+MADE = Path(__file__).parents[2] / ".cache"
+
+
+@pytest.fixture
+def deployer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeDeployer:
+    monkeypatch.setenv("EDGEWISE_HOME", str(MADE))
+    return EdgeDeployer(tmp_path / "out")
+
+
+def test_the_platforms_of_the_guide() -> None:
+    assert EdgeDeployer().supported_platforms == ["TFLite", "ONNX", "Core ML", "TensorRT"]
+    assert set(edgewise.EdgeToolchain.tools) == {"quantization", "optimization", "profiling", "deployment"}
+
+
+def test_onnx_has_the_guides_names(deployer: EdgeDeployer) -> None:
+    path = deployer.convert_to_onnx(nets.cnn(), (1, 3, 32, 32))
+    graph = onnx.load(path).graph
+    assert [one.name for one in graph.input] == ["input"]
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch_size"
+    assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch_size"
+    assert deployer.report["targets"]["onnx"]["parity"]["rel_l2"] < 1e-4
+
+
+def test_a_module_goes_to_tflite_and_a_preset(deployer: EdgeDeployer, export_python: Path, tmp_path: Path) -> None:
+    path = deployer.convert_to_tflite(nets.mlp())  # its shape is guessed from the first layer
+    assert path.read_bytes()[4:8] == b"TFL3"
+    chain = edgewise.EdgeToolchain(tmp_path / "optimized")
+    with pytest.warns(DeprecationWarning, match="Android 15"):
+        answer = chain.optimize_for_edge(nets.mlp(), "android", backend="nnapi")
+    assert (answer["backend"], answer["precision"]) == ("nnapi", "fp16")
+    assert Path(answer["path"]).is_file()
+    answer = chain.optimize_for_edge(nets.mlp(), "embedded")
+    assert (answer["backend"], answer["precision"]) == ("xnnpack", "int8")
+
+
+def test_a_shape_that_does_not_fit_and_one_that_nobody_knows(deployer: EdgeDeployer) -> None:
+    with pytest.raises(UsageError, match="fails on an input of the shape \\[2, 5\\]"):
+        deployer.convert_to_onnx(nets.mlp(), (1, 5))
+    with pytest.raises(UsageError, match="input_shape="):
+        deployer.convert_to_onnx(nets.eigen())
+    with pytest.raises(EdgewiseError, match="no model"):
+        deployer.convert_to_tflite("nothing-here")
+
+
+@pytest.mark.parametrize(
+    "net", [nn.Conv1d(2, 3, 3), nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 2)), nn.Linear(3, 2)]
+)
+def test_shapes_are_guessed_from_the_first_layer(net: nn.Module, tmp_path: Path) -> None:
+    with as_model(net, None) as name:
+        program = torch.export.load(name)
+    assert program is not None
