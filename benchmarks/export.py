@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 NINTH = 9  # sentences of the test part: 500 of 4,500
 NETS = ("onnx", "onnx:fp16", "onnx:int8", "litert:fp32", "litert:fp16", "litert:int8", "coreml:fp32", "coreml:fp16")
 NPUS = ("tensorrt:fp16", "tensorrt:int8", "qnn:int8")
-KEPT = ("status", "level", "by", "bytes", "parity", "interpreted", "drop", "coverage", "latency_ms", "seconds")
+KEPT = ("status", "precision", "level", "by", "bytes", "parity", "interpreted", "drop", "coverage", "latency_ms", "seconds")
 COMMAND = (str(Path(sys.executable).with_name("edgewise")),)
 
 

@@ -14,7 +14,7 @@ PAGES = tuple(
     ROOT / "docs" / name
     for name in (
         *("performance.md", "planner.md", "joint.md", "split.md", "split_vision.md"),
-        *("distillation.md", "distillation_intents.md", "quantization.md"),
+        *("distillation.md", "distillation_intents.md", "quantization.md", "export.md"),
     )
 )
 RESULTS = ROOT / "benchmarks" / "results"
@@ -546,6 +546,65 @@ def intents_cascade(measurement: Measurement) -> Rows:
         ]
 
 
+def export(measurement: Measurement) -> Rows:
+    """Networks, a line per artifact; the drop is of the accuracy, in points."""
+    yield [
+        *("model", "target", "precision", "level", "status", "MB", "drop, points", "top-1 agreement", "cosine"),
+        *("on the accelerator", "host ms", "s"),
+    ]
+    for model, found in measurement["results"]["models"].items():
+        for key, one in found["targets"].items():
+            if not _spoken(found):
+                yield [model, key.partition(":")[0], one["precision"], *_judged(one)]
+
+
+def _judged(one: dict[str, Any]) -> list[str]:
+    drop, coverage, figures = one["drop"], one["coverage"], one["parity"] or one["interpreted"] or {}
+    agreement, cosine = figures.get("top1_agreement"), figures.get("cosine")
+    points = "" if drop is None else f"{drop['point'] * 100:+.2f} [{drop['low'] * 100:+.2f}, {drop['high'] * 100:+.2f}]"
+    return [
+        *(one["level"], one["status"], "" if one["bytes"] is None else f"{one['bytes'] / 1e6:.1f}", points),
+        *("" if value is None else f"{value:.4f}" for value in (agreement, cosine)),
+        "" if coverage is None else f"{coverage['accelerated']} of {coverage['nodes']}",
+        "" if one["latency_ms"] is None else short(one["latency_ms"]["median"]),
+        f"{one['seconds']:.0f}",
+    ]
+
+
+def export_calls(measurement: Measurement) -> Rows:
+    """One command each."""
+    yield ["model", "artifacts", "rows judged", "rows calibrated", "minutes, all in one command"]
+    for model, found in measurement["results"]["models"].items():
+        data = found["data"]
+        rows = [str(data.get(name, "")) for name in ("rows", "calibration_rows")]
+        yield [model, str(len(found["targets"])), *rows, f"{found['seconds'] / 60:.1f}"]
+
+
+def export_language(measurement: Measurement) -> Rows:
+    yield [
+        *("model", "target", "precision", "level", "status", "MB", "KL, nats", "KL, p99", "top-1 agreement"),
+        *("on the accelerator", "s"),
+    ]
+    for model, found in measurement["results"]["models"].items():
+        for key, one in found["targets"].items():
+            if _spoken(found):
+                figures, coverage = one["parity"] or one["interpreted"] or {}, one["coverage"]
+                distances = [figures.get(name) for name in ("kl_mean", "kl_p99")]
+                yield [
+                    *(model, key.partition(":")[0], one["precision"], one["level"], one["status"]),
+                    "" if one["bytes"] is None else f"{one['bytes'] / 1e6:.1f}",
+                    *("" if value is None else f"{value:.4f}" for value in distances),
+                    "" if figures.get("top1_agreement") is None else f"{figures['top1_agreement']:.1%}",
+                    "" if coverage is None else f"{coverage['accelerated']} of {coverage['nodes']}",
+                    f"{one['seconds']:.0f}",
+                ]
+
+
+def _spoken(found: dict[str, Any]) -> bool:
+    """Whether it is a language model: those are fed passages, not rows."""
+    return "passages" in found["data"]
+
+
 TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "engines": ("engines", engines),
     "engines_targets": ("engines", targets),
@@ -574,6 +633,9 @@ TABLES: dict[str, tuple[str, Callable[[Measurement], Rows]]] = {
     "split_relay": ("split_relay", split_relay),
     "quantize": ("quantize", quantize),
     "quantize_encoder": ("quantize", quantize_encoder),
+    "export": ("export", export),
+    "export_calls": ("export", export_calls),
+    "export_language": ("export", export_language),
     "student": ("student", student),
     "student_runs": ("student", student_runs),
     "student_pair": ("student", student_pair),

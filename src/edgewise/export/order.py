@@ -14,7 +14,7 @@ from edgewise.export.report.facts import report, write
 from edgewise.export.report.page import page
 from edgewise.export.run import Order, export
 from edgewise.export.sources.model import MAX_TOKENS, Language, resolved
-from edgewise.export.wanted import OPTIONS, Wanted, parsed
+from edgewise.export.wanted import LANGUAGE_OPTIONS, OPTIONS, Wanted, parsed
 from edgewise.export.work.job import Source, Task
 from edgewise.export.work.process import Bounds
 
@@ -58,11 +58,13 @@ def exported_as(
     started = time.monotonic()
     if asked.strict and asked.max_drop is None:
         raise UsageError("--strict has no budget to hold anything against", hint="give --max-drop")
-    wanted = _with_options(wanted, asked.options)
+    known = LANGUAGE_OPTIONS if isinstance(source, Language) else OPTIONS
+    wanted = _with_options(wanted, asked.options, known)
     gate = Gate(asked.max_drop, asked.strict)
     if isinstance(source, Language):
         from edgewise.export.language.run import report_of
 
+        _check_language(asked)
         facts = report_of(source, wanted, asked.output, asked.data, gate, asked.bounds, asked.threads, home, show)
     else:
         order = Order(
@@ -83,7 +85,23 @@ def exported_as(
     return facts
 
 
-def _with_options(wanted: Sequence[Wanted], options: Mapping[str, Mapping[str, Any]]) -> tuple[Wanted, ...]:
+def _check_language(asked: Asked) -> None:
+    """UsageError for what is of networks alone."""
+    given = {
+        "--check": asked.checked,
+        "--calibration": asked.calibration,
+        "--shape": asked.shapes,
+        "--mean": asked.preprocessing,
+        "--task": asked.task,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UsageError(f"{flag} is not for a language model", hint="it takes texts: --inputs FILE.txt or .jsonl")
+
+
+def _with_options(
+    wanted: Sequence[Wanted], options: Mapping[str, Mapping[str, Any]], known: Mapping[str, tuple[str, ...]]
+) -> tuple[Wanted, ...]:
     """UsageError for options of targets that are not asked for, and for unknown ones."""
     targets = {one.target for one in wanted}
     for target, given in options.items():
@@ -91,8 +109,9 @@ def _with_options(wanted: Sequence[Wanted], options: Mapping[str, Mapping[str, A
             raise UsageError(
                 f"--option is of {target}, which --to does not name", hint=f"it names {', '.join(targets)}"
             )
-        if unknown := set(given) - set(OPTIONS[target]):
+        if unknown := set(given) - set(known[target]):
             raise UsageError(
-                f"{target} has no option {', '.join(sorted(unknown))}", hint=f"it has {', '.join(OPTIONS[target])}"
+                f"{target} has no option {', '.join(sorted(unknown))}",
+                hint=f"it has {', '.join(known[target]) or 'none'} here",
             )
     return tuple(replace(one, options={**one.options, **options.get(one.target, {})}) for one in wanted)

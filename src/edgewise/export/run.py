@@ -13,7 +13,6 @@ An artifact that is let through lies in `OUTPUT/KEY/`, one that is refused in `O
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -190,7 +189,7 @@ class _Export:
         result = replace(result, seconds=time.monotonic() - started)
         if result.status == "failed" or self._order.checked is not None:
             return result
-        return self._stored(result, place)
+        return result.stored(place, self._order.output)
 
     def _made(self, wanted: Wanted, place: Path) -> Converted:
         if self._order.checked is not None:
@@ -300,16 +299,6 @@ class _Export:
         with np.errstate(invalid="ignore"):
             errors = np.nan_to_num(((mine - wanted) ** 2).sum(axis=1), nan=np.inf, posinf=np.inf)
         return tuple(int(row) for row in np.argsort(-errors, kind="stable")[:WORST_ROWS])
-
-    def _stored(self, result: Result, place: Path) -> Result:
-        """Moves the artifact's directory to where it belongs; an older one of the same name gives way."""
-        output = self._order.output.absolute()
-        home = output / ("refused" if result.status == "refused" else "") / place.name
-        for old in (output / place.name, output / "refused" / place.name):
-            shutil.rmtree(old, ignore_errors=True)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(place, home)
-        return result.moved(place, home)
 
 
 def _shapes(begun: Begun) -> dict[str, tuple[int, ...]]:

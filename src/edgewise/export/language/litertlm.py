@@ -28,9 +28,9 @@ from edgewise.export.work.job import Check, Converted, Job, Precision, Proved, w
 RECIPES: Final[Mapping[Precision, str]] = {
     "fp32": "none",
     "int8-dynamic": "dynamic_wi8_afp32",
-    "int4": "dynamic_wi4_afp32",
+    "int4": "blocks",  # see _blocks
 }
-STORED: Final[Mapping[Precision, str]] = {"fp32": "float32", "int8-dynamic": "int8", "int4": "int4"}
+HEAD: Final = ".*(lm_head|logits).*"  # what an operator of the head is called, by module or by what it gives
 PREFILL: Final = (128,)  # tokens that are read at once
 CACHE: Final = 1024  # positions
 NETWORK: Final = "tf_lite_prefill_decode"
@@ -56,7 +56,7 @@ def convert(job: Job) -> Converted:
             output_dir=str(work),
             prefill_lengths=[int(one) for one in job.options.get("prefill", PREFILL)],
             cache_length=int(job.options.get("cache", CACHE)),
-            quantization_recipe=recipe,
+            quantization_recipe=str(_blocks(Path(job.work))) if recipe == "blocks" else recipe,
         )
     except (RuntimeError, ValueError, NotImplementedError, KeyError, AttributeError, TypeError) as e:
         raise UnsupportedModel(
@@ -68,6 +68,21 @@ def convert(job: Job) -> Converted:
     shutil.move(made[0], artifact)
     shutil.rmtree(work)
     return Converted(str(artifact), (str(artifact),))
+
+
+def _blocks(directory: Path) -> Path:
+    """A recipe of ai-edge-quantizer: int4 in blocks of 32 with a scale each, and 8 bits for the vocabulary, whose
+    errors reach every logit."""
+    recipes = importlib.import_module("ai_edge_quantizer.recipe")
+    linear = recipes.TFLOperationName.FULLY_CONNECTED
+    found = (
+        recipes.dynamic_wi8c_afp32()
+        + recipes.dynamic_wi4b32_afp32(operation_name=linear)
+        + recipes.dynamic_wi8c_afp32(operation_name=linear, regex=HEAD)
+    )
+    file = directory / "recipe.json"
+    file.write_text(json.dumps(found), encoding="utf-8")
+    return file
 
 
 def _without_start(model: Path, directory: Path) -> Path:
@@ -116,10 +131,19 @@ def prove(job: Job) -> Proved:
         by=f"LiteRT {version('ai-edge-litert')}, CPU with XNNPACK; LiteRT-LM {version('litert-lm-api')}",
         coverage=coverage(inner, held, job.threads),
         weights=held.bytes_by_type,
-        skipped=litert_file.skipped(held.weights, job.precision),
+        skipped=_skipped(held.weights, job),
         checks=tuple(checks),
         latency_ms=tuple(1e3 * one for one in seconds),
     )
+
+
+def _skipped(weights: Sequence[litert_file.Weight], job: Job) -> tuple[str, ...]:
+    """In int4 the vocabulary's tables may have 8 bits."""
+    if job.precision != "int4":
+        return litert_file.skipped(weights, job.precision)
+    tables = [one for one in weights if job.options["card"]["vocab"] in one.tensor.shape]
+    layers = [one for one in weights if one not in tables]
+    return litert_file.skipped(layers, "int4") + litert_file.skipped(tables, "int8-dynamic")
 
 
 class Network:

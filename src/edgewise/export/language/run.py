@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import json
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -195,7 +194,7 @@ class _Export:
             result = self._judged(wanted, made)
         except EdgewiseError as e:
             return replace(Result.failed(wanted, e), seconds=time.monotonic() - started)
-        return self._stored(replace(result, seconds=time.monotonic() - started), place)
+        return replace(result, seconds=time.monotonic() - started).stored(place, self._order.output)
 
     def _made(self, wanted: Wanted, place: Path) -> Converted:
         artifact = place / self._model.name
@@ -236,16 +235,6 @@ class _Export:
             checks.append(check)
         self._continued[wanted.key] = parity.continued([passages[n] for n in numbers], found, expected)
         return figures
-
-    def _stored(self, result: Result, place: Path) -> Result:
-        """Moves the artifact's directory to where it belongs; an older one of the same name gives way."""
-        output = self._order.output.absolute()
-        home = output / ("refused" if result.status == "refused" else "") / place.name
-        for old in (output / place.name, output / "refused" / place.name):
-            shutil.rmtree(old, ignore_errors=True)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(place, home)
-        return result.moved(place, home)
 
     # Jobs
 

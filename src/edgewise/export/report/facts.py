@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,8 +44,18 @@ class Result:
     def failed(cls, wanted: Wanted, error: EdgewiseError) -> Result:
         return cls(wanted, "failed", error=error)
 
-    def moved(self, old: Path, new: Path) -> Result:
-        """With its files in another directory."""
+    def stored(self, place: Path, output: Path) -> Result:
+        """Moves the artifact's directory to where it belongs, `output` or `refused` in it; an older one of its name
+        gives way."""
+        output = output.absolute()
+        home = output / ("refused" if self.status == "refused" else "") / place.name
+        for old in (output / place.name, output / "refused" / place.name):
+            shutil.rmtree(old, ignore_errors=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(place, home)
+        return self._moved(place, home)
+
+    def _moved(self, old: Path, new: Path) -> Result:
         assert self.made is not None
         files = tuple(_in(new, old, file) for file in self.made.files)
         made = replace(self.made, artifact=_in(new, old, self.made.artifact), files=files)

@@ -240,7 +240,9 @@ def _of_program(program: torch.export.ExportedProgram) -> Loaded:
         value = named[str(name)].meta["val"]
         axes = [axis if isinstance(axis, int) else None for axis in value.shape]
         found.append(Tensor(str(name), (1, *axes[1:]), str(value.dtype).removeprefix("torch.")))
-    return Loaded(program.module(), tuple(found), (), "classify")
+    module: Any = program.module()
+    module.eval = module.train = lambda mode=False: module  # it is as it was traced; converters ask, and it would raise
+    return Loaded(module, tuple(found), (), "classify")
 
 
 def _inputs_of(module: nn.Module, source: Source, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -166,10 +166,13 @@ def _signature(job: Job, package: Package, function: Function) -> Check:
 
 
 def _unlike(what: str, wanted: Sequence[Tensor], found: Sequence[Feature]) -> Iterator[str]:
-    if [one.name for one in wanted] != [one.name for one in found]:
+    """Names may differ: what was converted elsewhere has its own, in the same order."""
+    if len(wanted) != len(found):
         names = [", ".join(one.name for one in side) or "none" for side in (found, wanted)]
         yield f"{what}s are {names[0]}, the source's {names[1]}"
         return
+    if {one.name for one in wanted} == {one.name for one in found}:
+        found = [next(one for one in found if one.name == tensor.name) for tensor in wanted]
     for tensor, feature in zip(wanted, found, strict=True):
         shape = feature.shape
         if shape and not _fits(shape, tensor.shape):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -20,8 +19,6 @@ from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.export.sources.torch_source import Loaded
 from edgewise.export.work.job import Job, Precision, Tensor
 
-os.environ.setdefault("TQDM_DISABLE", "1")
-
 TARGETS: Final = {"iOS17": 8, "iOS18": 9}  # and the version of the specification
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8", "int4")
 PALETTES: Final = (4, 6, 8)  # bits
@@ -30,6 +27,11 @@ MOST_ROWS: Final = 64  # of a free first axis
 COMPRESSED: Final = ("conv", "conv_transpose", "linear", "matmul", "gather")  # whose weights are worth fewer bits
 DEBUG_MAPPING: Final = "executorch_debug_handle_mapping.json"  # left in the package by the converter
 POOLS: Final = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+LOGICAL: Final = {
+    **{f"__{name}__": f"logical_{name}" for name in ("and", "or", "xor")},
+    **{f"bitwise_{name}": f"logical_{name}" for name in ("and", "or", "xor")},
+}
+UNKNOWN: Final = re.compile(r"Unsupported fx node (\w+)|convert function for op '([\w:]+)' not implemented")
 ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -71,7 +73,7 @@ def exported(loaded: Loaded, *, dynamic_batch: bool = False) -> Any:
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(loaded.module, example, dynamic_shapes=free)
-            return _completed(program.run_decompositions({}))
+            return _completed(program.run_decompositions(_of_numbers()))
     except Exception as e:  # torch's own, of many kinds
         raise UnsupportedModel(f"torch.export cannot follow the network: {short(e)}", hint=_export_hint(e)) from e
 
@@ -86,11 +88,15 @@ def _export_hint(error: Exception) -> str:
 
 
 def _completed(program: Any) -> Any:
-    """coremltools wants the strides of a pool written out; torch leaves them out where they are the kernel's."""
+    """coremltools wants the strides of a pool written out, which torch leaves out where they are the kernel's; and it
+    knows `&`, `|` and `^` of booleans by another name."""
     for node in program.graph.nodes:
-        name = str(node.target).removeprefix("aten.").partition(".")[0]
+        name = _name_of(node.target)
         if node.op == "call_function" and name in POOLS and (len(node.args) == 2 or node.args[2] == []):
             node.args = (*node.args[:2], node.args[1], *node.args[3:])
+        value = node.meta.get("val")
+        if name in LOGICAL and isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+            node.target = getattr(torch.ops.aten, LOGICAL[name]).default
     return program
 
 
@@ -101,30 +107,74 @@ def converted(program: Any, loaded: Loaded, outputs: Sequence[Tensor], *, half: 
     import coremltools as ct
 
     wanted = {
-        "outputs": [ct.TensorType(name=one.name, dtype=_border(ct, one)) for one in outputs] or None,
+        "outputs": [ct.TensorType(name=one.name, dtype=_border(one)) for one in outputs] or None,
         "minimum_deployment_target": getattr(ct.target, target),
         "compute_precision": ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
         "convert_to": "mlprogram",
         "skip_model_load": True,
     }
     try:
-        with quiet():
-            made = ct.convert(program, **wanted)
+        made = _of_program(program, wanted)
     except Exception as first:  # coremltools' own, of many kinds
         made = _traced(loaded, wanted, first)
     return _renamed(made, [one.name for one in loaded.inputs])
 
 
-def _border(ct: Any, one: Tensor) -> Any:
+def _of_program(program: Any, wanted: Mapping[str, Any]) -> Any:
+    """An operator that coremltools does not have is taken apart as torch says, if it says."""
+    import coremltools as ct
+
+    done: set[Any] = set()
+    while True:
+        try:
+            with quiet():
+                return ct.convert(program, **wanted)
+        except NotImplementedError as e:
+            parts = _parts(e)
+            if not parts or parts.keys() <= done:
+                raise
+            done |= parts.keys()
+            with quiet():
+                program = _completed(program.run_decompositions(parts))
+
+
+def _of_numbers() -> dict[Any, Any]:
+    """`where` with a number in place of a tensor, which coremltools does not know."""
+    where = torch.ops.aten.where
+
+    def full(value: Any, other: Any) -> torch.Tensor:
+        kind = torch.result_type(value, other)
+        return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=kind)
+
+    def chosen(condition: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        return torch.where(condition, full(a, b), full(b, a))
+
+    return dict.fromkeys((where.ScalarOther, where.ScalarSelf, where.Scalar), chosen)
+
+
+def _parts(error: Exception) -> dict[Any, Any]:
+    """Torch's own ways to do without the operator that is missing."""
+    missing = UNKNOWN.search(str(error))
+    table: Mapping[Any, Any] = torch._decomp.decomposition_table
+    return {op: made for op, made in table.items() if missing and _name_of(op) == missing[1]}
+
+
+def _name_of(target: Any) -> str:
+    """`max_pool2d` of `aten.max_pool2d.default`."""
+    return str(target).removeprefix("aten.").partition(".")[0]
+
+
+def _border(one: Tensor) -> Any:
     return np.float32 if one.dtype.startswith("float") else np.int32
 
 
 def _traced(loaded: Loaded, wanted: Mapping[str, Any], first: Exception) -> Any:
     import coremltools as ct
 
-    inputs = [ct.TensorType(name=one.name, shape=tuple(axis or 1 for axis in one.shape)) for one in loaded.inputs]
-    for kind, one in zip(inputs, loaded.inputs, strict=True):
-        kind.dtype = ct.converters.mil.mil.types.numpy_type_to_builtin_type(_border(ct, one))
+    inputs = [
+        ct.TensorType(name=one.name, shape=tuple(axis or 1 for axis in one.shape), dtype=_border(one))
+        for one in loaded.inputs
+    ]
     traced: Any = torch.jit.trace
     try:
         with quiet(), torch.no_grad():
@@ -137,7 +187,7 @@ def refused(first: Exception, second: Exception | None = None) -> UnsupportedMod
     """What coremltools could not do, and the way out."""
     texts = [short(one) for one in (first, second) if one is not None]
     for text in texts:
-        unknown = re.search(r"Unsupported fx node (\w+)|convert function for op '([\w:]+)' not implemented", text)
+        unknown = UNKNOWN.search(text)
         if unknown:
             return UnsupportedModel(
                 f"Core ML has no operator for {unknown[1] or unknown[2]}",
@@ -228,7 +278,8 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        silent = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:

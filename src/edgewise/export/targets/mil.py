@@ -191,7 +191,7 @@ def _cast(value: T, dtype: str) -> T:
     if dtype == "bool":
         return value.bool() if value.dtype != torch.bool else value
     if value.is_floating_point():
-        value = value.nan_to_num(0.0).clamp(-(2**31), INT32_MAX).double()  # towards zero
+        value = value.double().nan_to_num(0.0).clamp(-(2**31), INT32_MAX)  # then towards zero
     narrow = getattr(torch, dtype) if dtype in ("int8", "uint8", "int16") else torch.int32
     value = value.to(narrow).int()
     return value & 0xFFFF if dtype == "uint16" else value
@@ -602,6 +602,12 @@ def _slice_update(call: Call) -> T:
     return found
 
 
+def _crop(call: Call) -> T:
+    (top, bottom), (left, right) = call.ints("crop_height"), call.ints("crop_width")
+    rows, columns = call.x.shape[-2:]
+    return call.x[..., top : rows - bottom, left : columns - right]
+
+
 def _slice_by_size(call: Call) -> T:
     x = call.x
     for axis, (begin, size) in enumerate(zip(call.ints("begin"), call.ints("size"), strict=True)):
@@ -904,6 +910,7 @@ OPS: Final[Mapping[str, Callable[[Call], T | list[T]]]] = {
     "scatter_nd": _scatter_nd,
     "band_part": _band_part,
     "concat": _concat,
+    "crop": _crop,
     "depth_to_space": _depth_to_space,
     "expand_dims": _expand_dims,
     "flatten2d": _flatten2d,

@@ -272,7 +272,7 @@ def _int8(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Pat
     ops = graphs.WEIGHTY if products else [op for op in INT8_OPS if any(n.op_type == op for n in model.graph.node)]
     return precision.paired(
         model,
-        {name: precision.fitted(one, 8, symmetric=False) for name, one in seen.items()},
+        precision.ranges(seen, 8, symmetric=False, whole=products),
         activations=QuantType.QUInt8,
         weights=QuantType.QInt8,
         ops=list(ops),

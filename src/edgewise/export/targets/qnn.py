@@ -220,7 +220,7 @@ def _paired(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> o
     )
     return precision.paired(
         model,
-        {name: precision.fitted(one, bits, symmetric=False) for name, one in seen.items()},
+        precision.ranges(seen, bits, symmetric=False, whole=precision.attends(model)),
         activations=config.activation_type,
         weights=config.weight_type,
         ops=config.op_types_to_quantize,

@@ -156,9 +156,11 @@ def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> on
 
     weighty = _rounded(model)
     seen = precision.observed(model, [node.input[0] for node in weighty], rows, work, job.threads)
+    whole = precision.attends(model)
+    model, moved = precision.centred(model, seen) if whole else (model, {})
     return precision.paired(
         model,
-        {name: precision.fitted(one, 8, symmetric=True) for name, one in seen.items()},
+        precision.ranges(seen, 8, symmetric=True, whole=whole) | moved,
         activations=QuantType.QInt8,
         weights=QuantType.QInt8,
         ops=INT8_OPS,

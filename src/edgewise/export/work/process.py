@@ -22,7 +22,7 @@ from edgewise.export.work.job import ANSWER, JOB, Job, job_text
 START: Final = Path(__file__).with_name("start.py")
 LOOK_S: Final = 0.05  # between looks at a running process
 PAGE: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-QUIET: Final = {  # of libraries that talk, count or ask home
+QUIET: Final = {  # libraries that talk, count, ask home or spin
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "GLOG_minloglevel": "3",
     "HF_HUB_OFFLINE": "1",
@@ -30,6 +30,7 @@ QUIET: Final = {  # of libraries that talk, count or ask home
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "ORT_DISABLE_TELEMETRY": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores from whoever else has work
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
