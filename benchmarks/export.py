@@ -3,7 +3,7 @@
     edgewise doctor --install litert     and tensorrt, qnn: the environments of the targets
     python benchmarks/export.py --photos PHOTOS --intents clinc150.json.gz [MODEL …]
 
-PHOTOS holds JPEGs and labels.json, the intents are CLINC150: every ninth sentence of its test part. Each model is one
+PHOTOS holds JPEGs and labels.json, the intents are CLINC150: every ninth sentence of its test. Each model is one
 call of `edgewise export`, all its targets in it; its wall time is kept. Models are all of them by default; those that
 are not named keep what the file says of them. Writes benchmarks/results/export.json."""
 
@@ -27,7 +27,10 @@ RESULTS = Path(__file__).parent / "results"
 NINTH = 9  # sentences of the test part: 500 of 4,500
 NETS = ("onnx", "onnx:fp16", "onnx:int8", "litert:fp32", "litert:fp16", "litert:int8", "coreml:fp32", "coreml:fp16")
 NPUS = ("tensorrt:fp16", "tensorrt:int8", "qnn:int8")
-KEPT = ("status", "precision", "level", "by", "bytes", "parity", "interpreted", "drop", "coverage", "latency_ms", "seconds")
+KEPT = (
+    *("status", "precision", "level", "by", "bytes", "parity", "interpreted", "drop", "coverage", "latency_ms"),
+    "seconds",
+)
 COMMAND = (str(Path(sys.executable).with_name("edgewise")),)
 
 

@@ -112,7 +112,8 @@ class Overflowing(nn.Module):
         self.a, self.b = nn.Linear(24, 32), nn.Linear(32, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(F.relu(self.a(x) * 300.0) * 300.0 / 90000.0)
+        wide = F.relu(self.a(x)) * 300.0
+        return self.b(torch.sqrt(wide * wide + 1.0) / 300.0)  # no compiler folds the square away
 
 
 class Eigen(nn.Module):

@@ -116,7 +116,8 @@ def test_an_overflow_of_half_precision(vectors: Path, tmp_path: Path) -> None:
             assert target in ("onnx", "tensorrt"), target
             assert one["parity"]["rel_l2"] < 2e-2
         else:
-            assert refused & {"finite", "range"}, (target, one["error"], refused)
+            by = {"qnn": {"numbers"}}.get(target, {"finite", "range"})  # Hexagon saturates, and its answers are wrong
+            assert refused & by, (target, one["error"], refused)
 
 
 def test_a_truncated_file(sound: dict[str, Mapping[str, Any]], images: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         seen = self.places <= at
         windows = self.card.get("windows", ())
         if windows and windows[layer]:
-            seen = seen & (self.places > at - windows[layer])
+            seen = torch.logical_and(seen, self.places > at - windows[layer])
         return (1.0 - seen.to(self.cos.dtype)) * HIDDEN
 
 

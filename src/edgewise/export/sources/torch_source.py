@@ -175,7 +175,7 @@ class _Watch(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_function" and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        if isinstance(value, torch.Tensor) and n.op == "call_function" and value.dtype.is_floating_point and value.ndim:
             self.seen[_layer(n)] = value.detach().numpy()
         return value
 
@@ -373,7 +373,7 @@ class Embedding(nn.Module):
             found = hidden[:, 0]
         else:
             weight = attention_mask[..., None].to(hidden.dtype)
-            found = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+            found = (hidden * weight).sum(1) / weight.sum(1)  # a text has a token at least: the first one is its own
         return nn.functional.normalize(found, dim=1) if self.normalize else found
 
 

@@ -51,13 +51,13 @@ def convert(job: Job) -> Converted:
 
 def finished(job: Job, plain: Path, artifact: Path, notes: Sequence[str] = ()) -> Converted:
     """The float32 file `plain`, whatever made it, compared with the source, quantized, and moved to `artifact`."""
-    from edgewise.export.targets import litert_quantize
+    from edgewise.export.targets import litert_quantize, litert_recipe
 
     checks = (_compared(job, plain),)
     written = plain
     if job.precision != "fp32":
         written = plain.with_name("quantized.tflite")
-        calibration = litert_quantize.Calibration(job.inputs, job.outputs, _calibration(job), job.threads)
+        calibration = litert_recipe.Calibration(job.inputs, job.outputs, _calibration(job), job.threads)
         notes = (*notes, *litert_quantize.quantize(plain, written, job.precision, calibration))
     written.replace(artifact)
     artifact.chmod(0o644)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,8 +31,20 @@ class Named(nn.Module):
     def __init__(self, net: nn.Module, inputs: Sequence[str], outputs: Sequence[str], images: Sequence[str]) -> None:
         super().__init__()
         self.net, self.inputs, self.outputs, self.images = net, tuple(inputs), tuple(outputs), frozenset(images)
+        self.forward = self._declared()  # torch.export reads the parameters of this
 
-    def forward(self, **given: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _declared(self) -> Callable[..., dict[str, torch.Tensor]]:
+        """A function that has the inputs' names as those of its parameters: free axes are given by them."""
+
+        def forward(**given: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self.named(**given)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        declared = inspect.Signature([inspect.Parameter(name, kind) for name in self.inputs])
+        forward.__signature__ = declared  # type: ignore[attr-defined]
+        return forward
+
+    def named(self, **given: torch.Tensor) -> dict[str, torch.Tensor]:
         values = [given[name].permute(0, 3, 1, 2) if name in self.images else given[name] for name in self.inputs]
         return dict(zip(self.outputs, tensors(self.net(*values)), strict=True))
 

@@ -113,13 +113,13 @@ def _exported(job: Job, path: Path, notes: list[str]) -> Path:
         program = _program(loaded.module, example, job, axes)
     except torch.onnx.OnnxExporterError as e:
         if "onstraints violated" not in str(e) and "pecialized" not in str(e):
-            raise refused(e) from e
+            raise refused(e, loaded.module, example) from e
         notes.append("its first axis is fixed: the network computes otherwise with another number of rows")
         one_row = tuple(value[:1] for value in example)
         try:
             program = _program(loaded.module, one_row, job, None)
         except torch.onnx.OnnxExporterError as again:
-            raise refused(again) from again
+            raise refused(again, loaded.module, one_row) from again
     model = renamed(program.model_proto, [one.name for one in job.inputs], loaded.outputs)
     graphs.save(model, path)
     return path
@@ -204,14 +204,14 @@ def renamed(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str
     return model
 
 
-def refused(error: Exception) -> UnsupportedModel:
+def refused(error: Exception, module: Any, example: tuple[Any, ...]) -> UnsupportedModel:
     """torch's refusal as ours, with the operator and the line of the user's code that it is about."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     where = _where(text)
     operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
     if operator:
         return UnsupportedModel(
-            f"ONNX has no operator for {operator[1]}{where}",
+            f"ONNX has no operator for {operator[1]}{_where_is(operator[1], module, example)}",
             hint="compute it before or after the network, or with operators that ONNX has",
         )
     if "data-dependent" in text or "GuardOnDataDependent" in text:
@@ -222,6 +222,16 @@ def refused(error: Exception) -> UnsupportedModel:
     return UnsupportedModel(
         f"torch.onnx cannot export it{where}: {graphs.plain(text)}", hint="does `torch.export.export` take it?"
     )
+
+
+def _where_is(operator: str, module: Any, example: tuple[Any, ...]) -> str:
+    """The line of code that calls an operator: the exporter's refusal does not say it, the program does."""
+    import torch
+
+    with torch.no_grad():
+        program = torch.export.export(module, example).run_decompositions({})
+    traces = [node.meta.get("stack_trace") for node in program.graph.nodes if str(node.target).startswith(operator)]
+    return next((_where(one) for one in traces if one), "")
 
 
 def _where(text: str) -> str:
@@ -336,7 +346,7 @@ def _check_kernels(job: Job, rows: Mapping[str, Array], outputs: Sequence[Array]
     found = graphs.answers(session, rows, AT_ONCE, graphs.LOOKED_AT)
     apart = graphs.difference([one[: graphs.LOOKED_AT] for one in outputs], found)
     ok = apart.relative <= BATCH_WITHIN["int8"]
-    hint = "" if ok else "; they saturate here: --option reduce_range=true, or judge it on the device"
+    hint = "" if ok else "; they saturate here: --option onnx.reduce_range=true, or judge it on the device"
     return Check("kernels", ok, f"int8 kernels of this processor against the graph as it stands: {apart}{hint}")
 
 

@@ -24,7 +24,6 @@ LOOKED_AT: Final = 8  # rows, for checks of the way there
 TIMED: Final = 20  # single rows
 LARGEST: Final = 1_900_000_000  # bytes that one protobuf file may have, with room to spare
 WEIGHTY: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # what int8 is for, with a filter or matrix as input 1
-COMPUTING: Final = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Softmax", "LayerNormalization", "Gelu"}
 UNABLE: Final = ("NOT_IMPLEMENTED", "No Op registered", "Unknown opset", "under development", "is not a registered")
 TYPES: Final[dict[int, str]] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -86,6 +85,11 @@ def plain(error: object, limit: int = 300) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:limit]
 
 
+def listed(value: Any) -> list[str]:
+    """Names as a user gives them: in a list, or with commas."""
+    return value.split(",") if isinstance(value, str) else list(value)
+
+
 # Graphs
 
 
@@ -106,6 +110,11 @@ def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """The node that computes each tensor."""
     return {name: node for node in model.graph.node for name in node.output if name}
+
+
+def all_names(model: onnx.ModelProto) -> list[str]:
+    nodes = [name for node in model.graph.node for name in [*node.input, *node.output]]
+    return [*nodes, *(one.name for one in [*model.graph.input, *model.graph.output, *model.graph.initializer])]
 
 
 def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
@@ -446,8 +455,3 @@ def _own_name(name: str) -> str:
 
 def as_numpy(tensor: onnx.TensorProto) -> Array:
     return numpy_helper.to_array(tensor)
-
-
-def all_names(model: onnx.ModelProto) -> list[str]:
-    nodes = [name for node in model.graph.node for name in [*node.input, *node.output]]
-    return [*nodes, *(one.name for one in [*model.graph.input, *model.graph.output, *model.graph.initializer])]

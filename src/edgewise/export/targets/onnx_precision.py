@@ -231,14 +231,20 @@ def centred(model: onnx.ModelProto, seen: Mapping[str, Seen]) -> tuple[onnx.Mode
             moved[name] = ((one.least - one.most) / 2, (one.most - one.least) / 2)
             _store(copy, f"{name}_by", middle)
             copy.graph.node.append(helper.make_node("Sub", [node.input[0], f"{name}_by"], [name], f"{name}_sub"))
-        matrix = as_numpy(stored[node.input[1]])
-        taken = middle * matrix.sum(axis=1 if attribute(node, "transB", 0) else 0, dtype=np.float64)
+        axis = 1 if attribute(node, "transB", 0) else 0
+        taken = middle * _as_int8(as_numpy(stored[node.input[1]]), axis).sum(axis=axis, dtype=np.float64)
         made = f"{node.output[0]}_uncentred"
         _store(copy, f"{made}_by", taken.astype(np.float32))
         copy.graph.node.append(helper.make_node("Add", [made, f"{made}_by"], [node.output[0]], f"{made}_add"))
         node.input[0] = name
         node.output[0] = made
     return inferred(ordered(copy)), moved
+
+
+def _as_int8(matrix: Array, axis: int) -> Array:
+    """Rounded as it will be, with a scale for each output: what the rounding takes away must not be added again."""
+    step = np.abs(matrix).max(axis=axis, keepdims=True) / np.float32(127)
+    return np.asarray(np.rint(matrix / np.where(step > 0, step, 1)) * step)
 
 
 def _is_product(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:

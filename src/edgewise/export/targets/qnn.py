@@ -103,8 +103,14 @@ def prove(job: Job) -> Proved:
         graphs.weight_bytes(model),
         tuple(map(graphs.label, precision.floating(model))) if job.precision == "int8" else (),
         tuple(checks),
-        notes=("emulation takes no time that means anything for a device",),
+        notes=_notes(job.precision),
     )
+
+
+def _notes(precision: str) -> tuple[str, ...]:
+    timeless = "emulation takes no time that means anything for a device"
+    half = "the graph holds float32, of which the NPU's binaries hold half precision, and compute in it"
+    return (timeless, half) if precision == "fp16" else (timeless,)
 
 
 def layers(job: Job) -> Layers:
@@ -256,7 +262,7 @@ def _check_host() -> None:
 
 
 def _socs(options: Mapping[str, Any]) -> list[str]:
-    found = list(options.get("socs", SOCS))
+    found = graphs.listed(options.get("socs", SOCS))
     for name in found:
         if name not in SOCS:
             raise UsageError(f"there is no chip {name!r}", hint=f"allowed are {', '.join(SOCS)}")

@@ -2,8 +2,8 @@
 desktop GPUs, built ahead of time on a machine without one, and a script that builds an engine of the same graph with
 TensorRT 10, as on Jetson, for which TensorRT-RTX is not made.
 
-An engine runs on a GPU alone. So the proof is that it was built, what the builder says each of its layers computes in,
-and what the graph gives in onnxruntime: never the engine's own numbers.
+An engine runs on a GPU alone. Without one, the proof is that it was built, what the builder says each of its layers
+computes in, and what the graph gives in onnxruntime: never the engine's own numbers.
 
 Options: `compute`, the GPUs' compute capabilities (SM86, SM89); `batches`, least, best and largest number of rows (1,
 1, 8). int8 rounds the inputs and weights of convolutions and products with stored matrices, symmetrically, and no
@@ -16,6 +16,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +27,20 @@ import tensorrt_rtx_bindings as trt
 from edgewise.errors import ExportError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.targets import onnx_graph as graphs
 from edgewise.export.targets import onnx_precision as precision
+from edgewise.export.targets import tensorrt_gpu
 from edgewise.export.targets.onnx import calibration
-from edgewise.export.work.job import Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
+from edgewise.export.work.job import (
+    Array,
+    Check,
+    Converted,
+    Coverage,
+    Fallback,
+    Job,
+    Layers,
+    Level,
+    Proved,
+    write_arrays,
+)
 
 COMPUTE: Final = ("SM86", "SM89")
 BATCHES: Final = (1, 1, 8)
@@ -86,33 +99,59 @@ def prove(job: Job) -> Proved:
     stem = engine.with_suffix("")
     checks = [_check_engine(engine, Path(f"{stem}.onnx"))]
     model = graphs.load(f"{stem}.onnx")
-    session = graphs.opened(f"{stem}.onnx", job.threads)
-    outputs = graphs.answers(session, graphs.feeds(session, job, job.rows), AT_ONCE)
+    run = _run(job, engine, f"{stem}.onnx")
+    outputs = run.outputs
     write_arrays(Path(job.work) / "outputs", {str(place): value for place, value in enumerate(outputs)})
     checks.append(graphs.check_finite(outputs))
     skipped: tuple[str, ...] = ()
-    notes = [f"{stem.name}.trtexec.sh builds an engine on a Jetson: it was not run"]
+    notes = [*run.notes, f"{stem.name}.trtexec.sh builds an engine on a Jetson: it was not run"]
     if job.precision == "int8":
         weighty = _rounded(model)
         real = _int8_layers(Path(f"{stem}.layers.json"))
         skipped = tuple(graphs.label(node) for node in weighty if node.name not in real)
         done = len(weighty) - len(skipped)
         detail = f"{done} of {len(weighty)} convolutions and products take int8, says the builder of each layer"
-        checks.append(Check("precision", not skipped, detail))
+        checks.append(Check("engine precision", not skipped, detail))
         if floating := len(precision.with_weights(model)) - len(weighty):
             notes.append(
                 f"{floating} transposed convolutions compute in floating point: TensorRT-RTX has no int8 for them"
             )
     return Proved(
-        "built",
+        run.level,
         True,
-        f"the typed graph in onnxruntime {ort.__version__} on the processor, not the engine, which needs a GPU",
+        run.by,
         _coverage(f"{stem}.onnx", model),
         graphs.weight_bytes(model),
         skipped,
         tuple(checks),
-        notes=tuple(notes),
+        run.latency_ms,
+        tuple(notes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    level: Level
+    by: str
+    outputs: list[Array]
+    latency_ms: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _run(job: Job, engine: Path, graph: str) -> _Run:
+    """The engine on a GPU, where there is one that takes it, else its graph."""
+    session = graphs.opened(graph, job.threads)
+    rows = graphs.feeds(session, job, job.rows)
+    notes: tuple[str, ...] = ()
+    if (device := tensorrt_gpu.gpu()) is not None:
+        try:
+            count = len(session.get_outputs())
+            outputs, taken = tensorrt_gpu.executed(device, engine.read_bytes(), Log(), rows, count)
+            return _Run("executed", f"TensorRT-RTX {trt.__version__} on {device.name}", outputs, taken)
+        except Exception as e:  # a way that was never tried must not cost what is known without it
+            notes = (f"the engine was not run on {device.name}: {graphs.plain(e)}",)
+    by = f"the typed graph in onnxruntime {ort.__version__} on the processor, not the engine, which needs a GPU"
+    return _Run("built", by, graphs.answers(session, rows, AT_ONCE), (), notes)
 
 
 def layers(job: Job) -> Layers:
@@ -229,7 +268,7 @@ def _built(graph: Path, job: Job, compute: Sequence[str], batches: Sequence[int]
         errors = [one for one in log.errors if "cudaError" not in one] or log.errors or ["it says nothing"]
         raise ExportError(
             f"TensorRT-RTX cannot build the engine: {graphs.plain(errors[0])}",
-            hint=f"another precision, or fewer GPUs than {', '.join(compute)}: --option compute",
+            hint=f"another precision, or fewer GPUs than {', '.join(compute)}: --option tensorrt.compute",
         )
     return bytes(engine)
 
@@ -335,7 +374,7 @@ def _check_engine(engine: Path, graph: Path) -> Check:
         ) from e
     if changed:
         raise SourceError(f"{changed[0]} is not what was written", hint="copy it again, or export again")
-    return Check("engine", True, f"whole, for {', '.join(card['compute'])}; loading it needs a GPU and was not tried")
+    return Check("engine", True, f"whole, for {', '.join(card['compute'])}; a GPU alone can load it")
 
 
 def _sha256(path: Path) -> str:
@@ -377,7 +416,7 @@ def _shape(value: onnx.ValueInfoProto, rows: int) -> list[int]:
 
 
 def _compute(options: Mapping[str, Any]) -> list[str]:
-    found = list(options.get("compute", COMPUTE))
+    found = graphs.listed(options.get("compute", COMPUTE))
     known = [one for one in trt.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", one)]
     for name in found:
         if name not in known:
