@@ -19,9 +19,10 @@ from edgewise.errors import LicenceError, SourceError, UnsupportedModel, UsageEr
 from edgewise.evaluate.divergence import kl
 from edgewise.export.language import coreml_lm, coreml_net, parity
 from edgewise.export.language.passages import Passage
-from edgewise.export.language.run import LanguageOrder, export_language, report, texts_of
+from edgewise.export.language.run import LanguageOrder, export_language, report
 from edgewise.export.language.source import opened
 from edgewise.export.proof.gate import Gate
+from edgewise.export.sources.data import read_texts
 from edgewise.export.sources.model import Language
 from edgewise.export.wanted import Wanted
 from edgewise.export.work.job import Precision
@@ -239,10 +240,10 @@ def test_texts_are_read_line_by_line_or_from_objects(tmp_path: Path) -> None:
     plain, objects = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text("one\n\ntwo\n")
     objects.write_text('{"text": "one"}\n{"prompt": "two"}\n')
-    assert texts_of(plain) == texts_of(objects) == ("one", "two")
+    assert read_texts(plain) == read_texts(objects) == (["one", "two"], None)
     objects.write_text('{"words": 1}\n')
     with pytest.raises(SourceError, match=r"b\.jsonl"):
-        texts_of(objects)
+        read_texts(objects)
 
 
 def test_the_first_step_that_differs_is_counted_in_each_greedy_answer() -> None:

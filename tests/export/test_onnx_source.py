@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from edgewise.engines.onnx_process import shared_options
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
 from edgewise.export.sources import onnx_source
 from edgewise.export.work.job import Begun, Job, Source, Tensor, read_array
@@ -26,6 +27,12 @@ MLP = """
     }}
 """
 DRAW = np.random.default_rng(3)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has onnxruntime to itself; here its sessions share the pool of all the other tests'."""
+    monkeypatch.setattr(onnx_source, "_options", lambda threads: shared_options())
 
 
 def written(tmp_path: Path, text: str, **words: object) -> Source:

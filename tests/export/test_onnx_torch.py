@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from nets import CLASSES, SIZE  # noqa: E402
 
 import edgewise.export.sources.onnx_torch as onnx_torch  # noqa: E402
+from edgewise.engines.onnx_process import shared_options  # noqa: E402
 from edgewise.errors import SourceError, UnsupportedModel  # noqa: E402
 
 Array = npt.NDArray[Any]
@@ -101,9 +102,8 @@ def model_of(one: Case) -> onnx.ModelProto:
 
 
 def session_of(model: onnx.ModelProto) -> Any:
-    options = ort.SessionOptions()
+    options = shared_options()  # of all the other tests' sessions, too
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -9,7 +9,7 @@ from edgewise.errors import UsageError
 from edgewise.export.proof import gate
 from edgewise.export.proof.gate import Gate
 from edgewise.export.proof.parity import Drop, Numbers, compared, numbers_of
-from edgewise.export.work.job import Coverage, Proved
+from edgewise.export.work.job import Check, Coverage, Proved
 
 RANDOM = np.random.default_rng(8)
 LOGITS = RANDOM.standard_normal((300, 10)).astype(np.float32)
@@ -120,3 +120,10 @@ def test_skipped_quantization_is_named() -> None:
     found = gate.precision_check(proved, "int8")
     assert not found.ok
     assert "2 are not int8: a, b" in found.detail
+
+
+def test_what_two_looked_at_is_told_once() -> None:
+    seen = [Check("finite", True, "a"), Check("loads", True, "b"), Check("finite", True, "c")]
+    assert gate.told_once(seen) == (seen[1], seen[2])
+    bad = Check("finite", False, "begins at mul")
+    assert gate.told_once([bad, *seen]) == (bad, seen[1])

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def qnn(export_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench("qnn", export_python, tmp_path_factory.mktemp("qnn")) as found:
+def qnn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with bench("qnn", Path(sys.executable), tmp_path_factory.mktemp("qnn")) as found:
         yield found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,8 @@ CLOSE: Final = {
 
 
 @pytest.fixture(scope="module")
-def trt(export_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench("tensorrt", export_python, tmp_path_factory.mktemp("tensorrt")) as found:
+def trt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with bench("tensorrt", Path(sys.executable), tmp_path_factory.mktemp("tensorrt")) as found:
         yield found
 
 

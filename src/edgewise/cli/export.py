@@ -68,6 +68,7 @@ def export(
     time_limit: Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")] = 1800,
     memory_limit: Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")] = 12,
     threads: Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")] = 2,
+    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="accept terms that ask for it")] = False,
     config: Config = None,
     json: Json = False,
     debug: Debug = False,
@@ -93,6 +94,7 @@ def export(
         options=_options(option),
         bounds=bounds(time_limit, memory_limit),
         threads=threads,
+        accept_licence=accept_licence,
     )
     with progress() as show:
         facts = exported(asked, load(config=config).settings.home, show)

@@ -42,6 +42,7 @@ def optimize(
     time_limit: Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")] = 1800,
     memory_limit: Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")] = 12,
     threads: Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")] = 2,
+    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="accept terms that ask for it")] = False,
     config: Config = None,
     json: Json = False,
     debug: Debug = False,
@@ -60,6 +61,7 @@ def optimize(
         shapes=shapes_of(shape),
         bounds=bounds(time_limit, memory_limit),
         threads=threads,
+        accept_licence=accept_licence,
     )
     with progress() as show:
         home = load(config=config).settings.home

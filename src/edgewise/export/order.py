@@ -41,6 +41,7 @@ class Asked:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     bounds: Bounds = field(default_factory=Bounds)
     threads: int = 2
+    accept_licence: bool = False
 
 
 def exported(asked: Asked, home: Path, show: Show = lambda what, done, total: None) -> dict[str, Any]:
@@ -65,7 +66,18 @@ def exported_as(
         from edgewise.export.language.run import report_of
 
         _check_language(asked)
-        facts = report_of(source, wanted, asked.output, asked.data, gate, asked.bounds, asked.threads, home, show)
+        facts = report_of(
+            source,
+            wanted,
+            asked.output,
+            asked.data,
+            gate,
+            asked.bounds,
+            asked.threads,
+            home,
+            show,
+            accept_licence=asked.accept_licence,
+        )
     else:
         order = Order(
             source,

@@ -107,12 +107,13 @@ def _pythons(order: Order, home: Path) -> dict[str, Path]:
 class _Export:
     def __init__(self, order: Order, work: Path, pythons: Mapping[str, Path], show: Show) -> None:
         self._order, self._work, self._pythons, self._show = order, work, pythons, show
+        self._began = work / "begin"
         self._steps = 0
 
     def done(self) -> Exported:
         order = self._order
         self._show(f"reading {order.source.name}", 0, 1)
-        self._begun = begun_of(self._run(self._job("begin"), SOURCE))
+        self._begun = begun_of(self._run(self._beginning(), SOURCE))
         self._show(f"reading {order.source.name}", 1, 1)
         gate.check_rows(order.gate, self._begun.rows, random=self._begun.random)
         self._labels = np.load(self._began / "labels.npy") if self._begun.labelled else None
@@ -127,33 +128,32 @@ class _Export:
 
     # Steps
 
-    def _job(self, step: Step, **more: Any) -> Job:
-        self._steps += 1
-        work = self._work / f"{self._steps}-{step}"
+    def _beginning(self) -> Job:
         order = self._order
-        if step == "begin":
-            self._began = work
-            data, calibration = (str(one.absolute()) if one else "" for one in (order.data, order.calibration))
-            options = {"preprocessing": dict(order.preprocessing)} if order.preprocessing else {}
-            return Job(
-                step,
-                order.source,
-                str(work),
-                data=data,
-                calibration_data=calibration,
-                threads=order.threads,
-                options=options,
-            )
+        data, calibration = (str(one.absolute()) if one else "" for one in (order.data, order.calibration))
+        return Job(
+            "begin",
+            order.source,
+            str(self._began),
+            data=data,
+            calibration_data=calibration,
+            threads=order.threads,
+            options={"preprocessing": dict(order.preprocessing)} if order.preprocessing else {},
+        )
+
+    def _job(self, step: Step, **more: Any) -> Job:
+        """A step after the first, in a directory of its own."""
+        self._steps += 1
         return Job(
             step,
             self._source,
-            str(work),
+            str(self._work / f"{self._steps}-{step}"),
             inputs=self._begun.inputs,
             outputs=self._begun.outputs,
             rows=str(self._began / "rows"),
             calibration=str(self._began / "calibration"),
             reference=str(self._began / "reference"),
-            threads=order.threads,
+            threads=self._order.threads,
             **more,
         )
 
@@ -224,14 +224,15 @@ class _Export:
         if wanted.target in WIDENED and (check := gate.range_check(self._begun.peak, wanted.precision)) is not None:
             checks.append(check)
         parity, found = self._compared(Path(job.work) / "outputs", proved, wanted, checks)
-        refused = [one for one in checks if not one.ok]
+        told = gate.told_once(checks)
+        refused = [one for one in told if not one.ok]
         traced = any(one.name in TRACED for one in refused)
         return Result(
             wanted,
             "refused" if refused else "ok",
             made,
             proved,
-            tuple(checks),
+            told,
             parity,
             where=self._where(wanted, made, found) if traced else None,
             versions=versions(job),

@@ -10,8 +10,6 @@ Artifacts lie as run.py beside this directory puts them: in `OUTPUT/KEY/`, or `O
 
 from __future__ import annotations
 
-import gzip
-import json
 import platform
 import tempfile
 import time
@@ -34,8 +32,10 @@ from edgewise.export.proof.gate import (
     finite_check,
     numbers_check,
     precision_check,
+    told_once,
 )
 from edgewise.export.report.facts import FORMAT, Result, host
+from edgewise.export.sources.data import read_texts
 from edgewise.export.sources.model import Language
 from edgewise.export.wanted import Wanted
 from edgewise.export.work.environments import source_python, target_python
@@ -83,11 +83,22 @@ def report_of(
     threads: int,
     home: Path,
     show: Show,
+    *,
+    accept_licence: bool = False,
 ) -> dict[str, Any]:
     """Exports, and says what came of it in the words of report/facts.py. `data` is a file of texts."""
     started = time.monotonic()
-    texts = texts_of(data) if data is not None else ()
-    order = LanguageOrder(source, tuple(wanted), output, texts, gate=gate, bounds=bounds, threads=threads)
+    texts = tuple(read_texts(data)[0]) if data is not None else ()
+    order = LanguageOrder(
+        source,
+        tuple(wanted),
+        output,
+        texts,
+        gate=gate,
+        accept_licence=accept_licence,
+        bounds=bounds,
+        threads=threads,
+    )
     done = export_language(order, home, show)
     return report(order, done, time.monotonic() - started)
 
@@ -136,20 +147,6 @@ def report(order: LanguageOrder, done: LanguageExported, seconds: float) -> dict
         "notes": list(done.heard.notes),
         "targets": {key: {**one.facts(), "continued": continued.get(key)} for key, one in done.results.items()},
     }
-
-
-def texts_of(path: Path) -> tuple[str, ...]:
-    """Of a .txt, one a line, or a .jsonl of objects with `text` or `prompt`; both may be .gz."""
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            lines = [line.rstrip("\n") for line in file if line.strip()]
-        if ".jsonl" not in path.suffixes:
-            return tuple(lines)
-        values = [json.loads(line) for line in lines]
-        return tuple(str(one["text"] if "text" in one else one["prompt"]) for one in values)
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as e:
-        raise SourceError(f"{path} cannot be read: {e!r}", hint='one text a line, or {"text": …}') from e
 
 
 class _Export:
@@ -215,8 +212,9 @@ class _Export:
             found = versions(job)
         checks = [*made.checks, *proved.checks, precision_check(proved, wanted.precision)]
         figures = self._compared(Path(job.work) / "logits", wanted, proved, checks)
-        refused = any(not one.ok for one in checks)
-        return Result(wanted, "refused" if refused else "ok", made, proved, tuple(checks), figures, versions=found)
+        told = told_once(checks)
+        refused = any(not one.ok for one in told)
+        return Result(wanted, "refused" if refused else "ok", made, proved, told, figures, versions=found)
 
     def _compared(self, logits: Path, wanted: Wanted, proved: Proved, checks: list[Any]) -> Any:
         """The figures, if there are logits; what they say is added to the checks."""

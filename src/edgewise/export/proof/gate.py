@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -124,11 +123,8 @@ def drop_check(drop: Drop, gate: Gate) -> Check | None:
     return Check("drop", judged <= gate.max_drop, said)
 
 
-def tree_bytes(files: Sequence[Path]) -> int:
-    """Of files and of directories with all they hold."""
-    return sum(
-        part.stat().st_size
-        for file in files
-        for part in ([file] if file.is_file() else file.rglob("*"))
-        if part.is_file()
-    )
+def told_once(checks: Sequence[Check]) -> tuple[Check, ...]:
+    """Of checks of one name, by a target and by us, those that failed, else the last."""
+    failed = {one.name for one in checks if not one.ok}
+    last = {one.name: one for one in checks}
+    return tuple(one for one in checks if (not one.ok if one.name in failed else one is last[one.name]))

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgewise.devices.machine import this_machine
 from edgewise.errors import EdgewiseError
-from edgewise.export.proof.gate import Gate, tree_bytes
+from edgewise.export.proof.gate import Gate
 from edgewise.export.proof.parity import Parity
 from edgewise.export.wanted import Wanted
 from edgewise.export.work.job import Begun, Check, Converted, Proved, Source
@@ -150,6 +150,16 @@ def write(output: Path, facts: Mapping[str, Any], page: str) -> None:
         part = output / f".{name}"
         part.write_text(content, encoding="utf-8")
         part.replace(output / name)
+
+
+def tree_bytes(files: Sequence[Path]) -> int:
+    """Of files and of directories with all they hold."""
+    return sum(
+        part.stat().st_size
+        for file in files
+        for part in ([file] if file.is_file() else file.rglob("*"))
+        if part.is_file()
+    )
 
 
 def tree_sha256(path: Path) -> str:

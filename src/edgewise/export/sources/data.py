@@ -183,7 +183,7 @@ def _read(
         raise UsageError(
             f"{path} holds texts, and this source has no tokenizer", hint="give an .npz with an array for each input"
         )
-    texts, labels = _texts(path)
+    texts, labels = read_texts(path)
     return tokenize(texts), labels
 
 
@@ -199,7 +199,9 @@ def npz(path: Path) -> Mapping[str, Array]:
         raise SourceError(f"{path} is no file of arrays: {e}", hint="numpy.savez writes one") from e
 
 
-def _texts(path: Path) -> tuple[list[str], Array | None]:
+def read_texts(path: Path) -> tuple[list[str], Array | None]:
+    """Of a .txt, one a line, or a .jsonl of objects with `text` (or `prompt`) and perhaps `label`; both may be .gz.
+    Labels are numbered in the order of the alphabet. SourceError for anything else."""
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
@@ -208,7 +210,7 @@ def _texts(path: Path) -> tuple[list[str], Array | None]:
         if ".jsonl" not in path.suffixes:
             return lines, None
         values = [json.loads(line) for line in lines]
-        texts = [value["text"] for value in values]
+        texts = [value["text"] if "text" in value else value["prompt"] for value in values]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is no string")
     except (OSError, ValueError, EOFError, KeyError, TypeError, zlib.error) as e:

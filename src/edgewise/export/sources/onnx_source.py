@@ -247,9 +247,14 @@ def _parameters(model: onnx.ModelProto) -> int:
 # Running
 
 
-def _session(path: Path, threads: int) -> Any:
+def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    return options
+
+
+def _session(path: Path, threads: int) -> Any:
+    options = _options(threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # what fails is raised
     try:
