@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgewise.cli.options import Config, Debug, Json, Shape, shapes_of
+from edgewise.cli.options import (
+    AcceptLicence,
+    Artifacts,
+    Config,
+    Debug,
+    Inputs,
+    Json,
+    MaxDrop,
+    MemoryLimit,
+    Shape,
+    StepThreads,
+    Strict,
+    TimeLimit,
+    shapes_of,
+)
 from edgewise.cli.output import columns, megabytes, progress, result
 from edgewise.errors import UsageError
 from edgewise.settings import load
@@ -30,24 +44,14 @@ def export(
     to: Annotated[
         str, typer.Option(metavar="A,B,C", help="of onnx, litert, coreml, tensorrt, qnn; litert:int8 for one")
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="where the artifacts and the report go")
-    ],
-    inputs: Annotated[
-        Path | None,
-        typer.Option(metavar="DATA", help="real inputs: .npz, a directory of photos, .txt or .jsonl  [default: noise]"),
-    ] = None,
+    output: Artifacts,
+    inputs: Inputs = None,
     precision: Annotated[
         str | None,
         typer.Option(metavar="P,Q", help="fp32, fp16, int8, int8-dynamic, int4  [default: each target's own]"),
     ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, metavar="SHARE", help="refuse what loses more accuracy (0.01 is a point)"),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="hold the pessimistic end of the interval against the budget")
-    ] = False,
+    max_drop: MaxDrop = None,
+    strict: Strict = False,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="DATA", help="inputs to calibrate int8 with  [default: 64 of the inputs, kept back]"),
@@ -65,10 +69,10 @@ def export(
     option: Annotated[
         list[str] | None, typer.Option(metavar="TARGET.KEY=VALUE", help="of one target; docs/export.md lists them")
     ] = None,
-    time_limit: Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")] = 1800,
-    memory_limit: Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")] = 12,
-    threads: Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")] = 2,
-    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="accept terms that ask for it")] = False,
+    time_limit: TimeLimit = 1800,
+    memory_limit: MemoryLimit = 12,
+    threads: StepThreads = 2,
+    accept_licence: AcceptLicence = False,
     config: Config = None,
     json: Json = False,
     debug: Debug = False,

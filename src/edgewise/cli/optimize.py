@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgewise.cli.export import bounds, finish
-from edgewise.cli.options import Config, Debug, Json, Shape, shapes_of
+from edgewise.cli.options import (
+    AcceptLicence,
+    Artifacts,
+    Config,
+    Debug,
+    Inputs,
+    Json,
+    MaxDrop,
+    MemoryLimit,
+    Shape,
+    StepThreads,
+    Strict,
+    TimeLimit,
+    shapes_of,
+)
 from edgewise.cli.output import note, progress
 from edgewise.settings import load
 
@@ -18,31 +31,21 @@ def optimize(
     platform: Annotated[
         str, typer.Option(metavar="P", help="android, android-int8, ios, ios-palettized, embedded, or a preset's .toml")
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="where the artifacts and the report go")
-    ],
-    inputs: Annotated[
-        Path | None,
-        typer.Option(metavar="DATA", help="real inputs: .npz, a directory of photos, .txt or .jsonl  [default: noise]"),
-    ] = None,
+    output: Artifacts,
+    inputs: Inputs = None,
     device: Annotated[
         str | None, typer.Option(metavar="D", help="of `edgewise devices`: adds what that one can run")
     ] = None,
     backend: Annotated[
         str | None, typer.Option(metavar="B", help="one of the preset's: litert, nnapi, xnnpack …")
     ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, metavar="SHARE", help="refuse what loses more accuracy (0.01 is a point)"),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="hold the pessimistic end of the interval against the budget")
-    ] = False,
+    max_drop: MaxDrop = None,
+    strict: Strict = False,
     shape: Shape = None,
-    time_limit: Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")] = 1800,
-    memory_limit: Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")] = 12,
-    threads: Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")] = 2,
-    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="accept terms that ask for it")] = False,
+    time_limit: TimeLimit = 1800,
+    memory_limit: MemoryLimit = 12,
+    threads: StepThreads = 2,
+    accept_licence: AcceptLicence = False,
     config: Config = None,
     json: Json = False,
     debug: Debug = False,

@@ -70,6 +70,20 @@ Within = Annotated[
         metavar="Q", help="where rows have a quality and no verdict: so much below the other tier's is as good"
     ),
 ]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(metavar="DATA", help="real inputs: .npz, a directory of photos, .txt or .jsonl  [default: noise]"),
+]
+Artifacts = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="where the artifacts and the report go")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="SHARE", help="refuse what loses more accuracy (0.01 is a point)"),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="hold the pessimistic end of the interval against the budget")]
+TimeLimit = Annotated[float, typer.Option(min=1, metavar="S", help="seconds that one step may take")]
+MemoryLimit = Annotated[float, typer.Option(min=0.1, metavar="GB", help="memory that one step may take")]
+StepThreads = Annotated[int, typer.Option(min=1, metavar="N", help="threads of a step")]
+AcceptLicence = Annotated[bool, typer.Option("--accept-licence", help="accept terms that ask for it")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a bundle's name", show_default=False)]
 
 Edge = Annotated[str | None, _setting("--edge", "BUNDLE")]
