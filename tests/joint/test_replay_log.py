@@ -296,7 +296,9 @@ def test_a_log_gives_each_kind_of_request_its_share(path):
     assert np.mean([row["route"] == "cloud" for row in compared]) > hard + 0.15
     sample = Replay.open(path)
     share = np.mean([row.route == "cloud" for row in sample])
-    assert abs(share - hard) < 3 * np.sqrt(hard * (1 - hard) / len(sample))
+    # ids, and with them who is left out, are drawn anew each time: three deviations would fail one run in 370, and a
+    # sample of all that was compared is off by eight
+    assert abs(share - hard) < 5 * np.sqrt(hard * (1 - hard) / len(sample))
     assert sample.left_out["of what was compared more often than the rest"] > 100
     assert sample.edge_right.mean() == pytest.approx(1 - share)
     assert [row.id for row in Replay.open(path)] == [row.id for row in sample]
