@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgewise.errors import BundleError, UnknownModel
 from edgewise.models import hf_weights
 from edgewise.models.bundle import MANIFEST, Bundle
 from edgewise.models.card import Card
@@ -63,19 +62,3 @@ def opened(
         licence=licence,
         notices=weights.notices,
     )
-
-
-def is_language_model(source: str | Path, home: Path) -> bool:
-    """Whether `opened` is for it: a .gguf file, a bundle with a language model, or a directory whose config.json names
-    one that foretells tokens."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    if (path / "config.json").is_file():
-        return b"ForCausalLM" in (path / "config.json").read_bytes()
-    try:
-        find(str(source), home, check=False)
-    except (BundleError, UnknownModel):
-        return False
-    return True

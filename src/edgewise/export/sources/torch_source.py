@@ -13,7 +13,6 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +29,6 @@ from edgewise.export.work.job import Begun, Job, Layers, Source, Task, Tensor, r
 
 Array = npt.NDArray[Any]
 
-PEAK_ROWS: Final = 2  # whose inside is looked at for large numbers
 BATCH: Final = 16  # rows of the reference that run at once
 LITE_NORM: Final = {
     "mean": [127 / 255] * 3,
@@ -101,7 +99,6 @@ def begin(job: Job) -> Begun:
         shared=rows.shared,
         parameters=sum(one.numel() for one in loaded.module.parameters()),
         task=task_of(loaded.task, reference),
-        peak=_peak(loaded, rows.arrays),
         preprocessing=preprocessing,
     )
 
@@ -123,15 +120,6 @@ def _seen(loaded: Loaded, rows: Mapping[str, Array], only: Sequence[int]) -> lis
         watch.run(*(torch.from_numpy(np.array(rows[one.name][row : row + 1])) for one in loaded.inputs))
         runs.append(watch.seen)
     return [(name, np.concatenate([run[name] for run in runs])) for name in runs[0]]
-
-
-def _peak(loaded: Loaded, rows: Mapping[str, Array]) -> tuple[str, float] | None:
-    """None for modules that torch.export cannot trace: their targets will say so."""
-    with suppress(Exception):
-        largest = {name: float(np.abs(value).max(initial=0)) for name, value in _seen(loaded, rows, range(PEAK_ROWS))}
-        name = max(largest, key=largest.__getitem__)
-        return name, largest[name]
-    return None
 
 
 def _run(loaded: Loaded, feeds: Mapping[str, Array]) -> list[Array]:

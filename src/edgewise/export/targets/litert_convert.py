@@ -62,7 +62,7 @@ def write(loaded: Loaded, outputs: Sequence[str], path: Path, last: Sequence[str
     """`last` are the inputs whose channels come last in the file; `free` leaves the first axis free.
 
     UnsupportedModel for what litert-torch cannot convert."""
-    import litert_torch  # type: ignore[import-not-found,unused-ignore]
+    import litert_torch
 
     given = loaded.example if free else dict(zip((one.name for one in loaded.inputs), loaded.one_row, strict=True))
     moved = {name: value.permute(0, 2, 3, 1).contiguous() if name in last else value for name, value in given.items()}

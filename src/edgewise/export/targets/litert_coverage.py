@@ -82,8 +82,8 @@ def _mixed(file: File, op: Operator) -> bool:
 
 def fully_accelerated(path: Path) -> str:
     """What LiteRT's newer interface says of the same file, as a second opinion."""
-    from ai_edge_litert.compiled_model import CompiledModel  # type: ignore[import-untyped,unused-ignore]
-    from ai_edge_litert.hardware_accelerator import HardwareAccelerator  # type: ignore[import-untyped,unused-ignore]
+    from ai_edge_litert.compiled_model import CompiledModel
+    from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
     try:
         with CompiledModel.from_file(str(path), hardware_accel=HardwareAccelerator.CPU) as model:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from ai_edge_litert import schema_py_generated as schema  # type: ignore[import-untyped,unused-ignore]
+from ai_edge_litert import schema_py_generated as schema
 
 from edgewise.errors import SourceError
 

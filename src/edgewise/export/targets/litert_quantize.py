@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from ai_edge_quantizer import qtyping, recipe_manager  # type: ignore[import-not-found,unused-ignore]
+from ai_edge_quantizer import qtyping, recipe_manager
 
 from edgewise.errors import UnsupportedModel
 from edgewise.export.targets.litert_file import File

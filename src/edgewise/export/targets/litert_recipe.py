@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from ai_edge_quantizer import qtyping, quantizer  # type: ignore[import-not-found,unused-ignore]
+from ai_edge_quantizer import qtyping, quantizer
 
 from edgewise.export.targets.litert_file import File, Operator
 from edgewise.export.targets.litert_run import Net
@@ -70,7 +70,7 @@ def _with_ranges(wanted: Mapping[str, Any], ranges: Ranges) -> dict[str, Any]:
 def with_flat_biases(source: Path) -> Path:
     """litert-torch may leave a bias as [1, n] where it folds constants; ai-edge-quantizer then gives it n scales along
     its first axis, and LiteRT refuses the file. The kernels want [n] and take both."""
-    from ai_edge_litert.tools import flatbuffer_utils  # type: ignore[import-untyped,unused-ignore]
+    from ai_edge_litert.tools import flatbuffer_utils
 
     file = File(source)
     biases = {"CONV_2D": 2, "DEPTHWISE_CONV_2D": 2, "FULLY_CONNECTED": 2, "TRANSPOSE_CONV": 3}

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from ai_edge_litert.interpreter import (  # type: ignore[import-untyped,unused-ignore]
+from ai_edge_litert.interpreter import (
     Interpreter,
     OpResolverType,
 )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from ai_edge_quantizer import qtyping, recipe_manager  # type: ignore[import-not-found,unused-ignore]
+from ai_edge_quantizer import qtyping, recipe_manager
 
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
 from edgewise.export.targets.litert_file import File, Operator

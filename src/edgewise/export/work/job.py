@@ -150,8 +150,7 @@ class Proved:
 class Begun:
     """The source as it was loaded, and how many rows there are to judge on (`rows/`), to calibrate with
     (`calibration/`), and what its outputs (`reference/`) are. `labels.npy` is there if `labelled`. `shared` says that
-    the calibration rows are judged on too, as there are too few to keep some back. `peak` is the tensor inside with the
-    largest number, and that number, over a few rows; None where nobody could look."""
+    the calibration rows are judged on too, as there are too few to keep some back."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -162,7 +161,6 @@ class Begun:
     shared: bool
     parameters: int
     task: Task
-    peak: tuple[str, float] | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -218,8 +216,7 @@ def tensors_of(values: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
 
 def begun_of(value: Mapping[str, Any]) -> Begun:
     lists = {name: tensors_of(value[name]) for name in ("inputs", "outputs")}
-    peak = None if value["peak"] is None else tuple(value["peak"])
-    return Begun(**{**value, **lists, "peak": peak, "notes": tuple(value["notes"])})
+    return Begun(**{**value, **lists, "notes": tuple(value["notes"])})
 
 
 def converted_of(value: Mapping[str, Any]) -> Converted:
