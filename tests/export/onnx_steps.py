@@ -3,9 +3,6 @@ as importing torch takes seconds, and what runs Hexagon's emulator must not have
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from steps import Worker
 
-from edgewise import errors
 from edgewise.export.work.job import (
     Converted,
     Job,
@@ -26,7 +23,6 @@ from edgewise.export.work.job import (
     Step,
     begun_of,
     converted_of,
-    job_text,
     proved_of,
     read_array,
 )
@@ -34,51 +30,6 @@ from edgewise.export.work.job import (
 Array = npt.NDArray[Any]
 HERE: Final = Path(__file__).parent
 ROWS: Final = 12
-SERVE: Final = """
-import dataclasses, importlib, json, os, sys
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries say
-from edgewise.errors import EdgewiseError
-from edgewise.export.work.job import job_of
-for line in sys.stdin:
-    place, text = json.loads(line)
-    job = job_of(text)
-    sys.path[:0] = job.source.search
-    os.makedirs(job.work, exist_ok=True)
-    try:
-        answer = {"answer": dataclasses.asdict(getattr(importlib.import_module(place), job.step)(job))}
-    except EdgewiseError as e:
-        answer = {"error": type(e).__name__, "message": e.message, "hint": e.hint}
-    print(json.dumps(answer), file=answers, flush=True)
-"""
-
-
-class Worker:
-    def __init__(self, python: Path) -> None:
-        self._process = subprocess.Popen(
-            [python, "-W", "ignore", "-c", SERVE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(self, place: str, job: Job) -> Mapping[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([f"edgewise.export.{place}", job_text(job)]) + "\n")
-        self._process.stdin.flush()
-        found = json.loads(self._process.stdout.readline())
-        if "error" in found:
-            raise getattr(errors, found["error"])(found["message"], hint=found["hint"])
-        answer: Mapping[str, Any] = found["answer"]
-        return answer
-
-    def close(self) -> None:
-        with self._process:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
 
 
 class Bench:
@@ -99,12 +50,12 @@ class Bench:
             np.savez(work / "rows.npz", **rows)
             source = Source("torch", f"nets:{name}", name, "classify", search=(str(HERE),))
             begin = Job("begin", source, str(work / "begin"), data=str(work / "rows.npz"), threads=1)
-            found = begun_of(self._torch("sources.torch_source", begin))
+            found = begun_of(self._torch("begin", begin, "sources.torch_source"))
             directories = {one: str(work / "begin" / one) for one in ("rows", "calibration", "reference")}
             job = replace(begin, inputs=found.inputs, outputs=found.outputs, target=self.target, **directories)
             if self.target != "onnx":
                 hub = replace(job, step="convert", work=str(work / "hub"), artifact=str(work / "hub" / "hub"))
-                job = replace(job, hub=converted_of(self._torch("targets.onnx", hub)).artifact)
+                job = replace(job, hub=converted_of(self._torch("convert", hub, "targets.onnx")).artifact)
             self._jobs[name] = job
         return self._jobs[name]
 
@@ -140,7 +91,7 @@ class Bench:
         self, step: Step, job: Job, work: str, artifact: str, precision: Precision, options: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         made = replace(job, step=step, work=work, artifact=artifact, precision=precision, options=options)
-        return (self._torch if self.target == "onnx" else self._worker)(f"targets.{self.target}", made)
+        return (self._torch if self.target == "onnx" else self._worker)(step, made, f"targets.{self.target}")
 
 
 @contextmanager

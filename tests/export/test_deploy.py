@@ -37,6 +37,14 @@ def test_onnx_has_the_guides_names(deployer: EdgeDeployer) -> None:
     assert deployer.report["targets"]["onnx"]["parity"]["rel_l2"] < 1e-4
 
 
+def test_core_ml_and_tensorrt(deployer: EdgeDeployer, export_python: Path) -> None:
+    assert deployer.convert_to_coreml(nets.mlp()).suffix == ".mlpackage"
+    assert deployer.report["targets"]["coreml"]["level"] == "spec-checked"
+    engine = deployer.convert_to_tensorrt(nets.mlp())
+    assert engine.suffix == ".engine"
+    assert engine.with_suffix(".trtexec.sh").is_file()
+
+
 def test_a_module_goes_to_tflite_and_a_preset(deployer: EdgeDeployer, export_python: Path, tmp_path: Path) -> None:
     path = deployer.convert_to_tflite(nets.mlp())  # its shape is guessed from the first layer
     assert path.read_bytes()[4:8] == b"TFL3"

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from edgewise.errors import ExportError, SourceError
+from edgewise.export.limits import Bounds
 from edgewise.export.work.job import Job, Source, job_of, job_text
-from edgewise.export.work.process import Bounds, memory_bytes, run
+from edgewise.export.work.process import memory_bytes, run
 
 HERE = Path(sys.executable)
 
@@ -65,5 +66,5 @@ def test_time_is_bounded_for_a_process_and_its_children(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of another process is read from /proc")
 def test_memory_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"GB of memory, 0\.9 are allowed.*--memory-limit"):
-        run(job(tmp_path, "(bytearray(os.urandom(1 << 20) * 1500), time.sleep(60))"), HERE, Bounds(60, 900_000_000))
+        run(job(tmp_path, "(bytearray(os.urandom(1 << 20) * 1500), time.sleep(60))"), HERE, Bounds(60, 0.9))
     assert memory_bytes(os.getpid()) > 1 << 20

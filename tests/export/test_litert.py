@@ -5,9 +5,6 @@ One process of the exporters' environment does all steps, as importing torch and
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pytest
+from steps import Worker
 
 from edgewise.errors import EdgewiseError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.work.job import (
@@ -28,17 +26,13 @@ from edgewise.export.work.job import (
     Source,
     begun_of,
     converted_of,
-    job_text,
     proved_of,
     read_array,
 )
 
 HERE: Final = Path(__file__).parent
-ERRORS: Final = {kind.__name__: kind for kind in (SourceError, UnsupportedModel, UsageError)}
-ASK: Final = """
-import contextlib, dataclasses, importlib, json, sys
-from edgewise.errors import EdgewiseError
-from edgewise.export.work.job import job_of
+OWN: Final = """
+import contextlib
 from edgewise.export.targets import litert_convert
 from ai_edge_quantizer import quantizer, recipe
 def make_static(job):
@@ -68,17 +62,6 @@ def once(write):
         path.write_bytes(known[key])
     return wrapped
 litert_convert.write = once(litert_convert.write)
-for line in sys.stdin:
-    place, call, job = json.loads(line)
-    job = job_of(job)
-    sys.path[:0] = job.source.search
-    try:
-        call = globals().get(call) or getattr(importlib.import_module(place), call)
-        found = call(job)
-        answer = {"answer": found if isinstance(found, dict) else dataclasses.asdict(found)}
-    except EdgewiseError as e:
-        answer = {"error": type(e).__name__, "message": e.message, "hint": e.hint}
-    print(json.dumps(answer), flush=True)
 """
 NETS: Final = """
 import torch
@@ -118,34 +101,6 @@ def peaked(): return Peaked()
 def folded(): return Folded()
 def pair(): return Pair()
 """
-
-
-class Worker:
-    def __init__(self, python: Path) -> None:
-        self._process = subprocess.Popen(
-            [python, "-W", "ignore", "-c", ASK],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(self, call: str, job: Job, place: str = "edgewise.export.targets.litert") -> Mapping[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([place, call, job_text(job)]) + "\n")
-        self._process.stdin.flush()
-        found = json.loads(self._process.stdout.readline())
-        if "error" in found:
-            raise ERRORS[found["error"]](found["message"], hint=found["hint"])
-        answer: Mapping[str, Any] = found["answer"]
-        return answer
-
-    def close(self) -> None:
-        with self._process:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
 
 
 class Bench:
@@ -200,7 +155,7 @@ class Bench:
         np.savez(data, **DATA[attribute](np.random.default_rng(4)))
         source = Source("torch", name, attribute, "classify", search=(str(HERE), str(self.place)))
         begin = Job("begin", source, str(work), data=str(data), threads=1)
-        found = begun_of(self.worker("begin", begin, "edgewise.export.sources.torch_source"))
+        found = begun_of(self.worker("begin", begin, "sources.torch_source"))
         made = replace(begin, inputs=found.inputs, outputs=found.outputs, target="litert", data="")
         rows, calibration, reference = (str(work / one) for one in ("rows", "calibration", "reference"))
         return replace(made, rows=rows, calibration=calibration, reference=reference)
@@ -247,7 +202,7 @@ DATA: Final[Mapping[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bench(export_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    worker = Worker(export_python)
+    worker = Worker(export_python, "targets.litert", OWN)
     yield Bench(worker, tmp_path_factory.mktemp("litert"))
     worker.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from steps import Worker
 
 from edgewise.errors import EdgewiseError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.work.job import Job, Source, Tensor, read_array
@@ -42,11 +42,7 @@ tf.saved_model.save(net, place + "/eigen", signatures={"serving_default": net.ei
 tf.saved_model.save(net, place + "/total", signatures={"serving_default": net.total})
 tf.saved_model.save(net, place + "/unsigned")
 """
-ASK = """
-import dataclasses, json, sys
-from edgewise.errors import EdgewiseError
-from edgewise.export.sources import saved_model
-from edgewise.export.work.job import job_of
+OWN = """
 def look(job):
     import numpy as np, tensorflow as tf
     net = tf.lite.Interpreter(job.artifact, num_threads=1)
@@ -56,18 +52,9 @@ def look(job):
         "inputs": [[one["dtype"].__name__, one["shape_signature"].tolist()] for one in net.get_input_details()],
         "stored": [one["dtype"].__name__ for one in net.get_tensor_details() if len(one["shape"]) == 4],
     }
-for line in sys.stdin:
-    call, job = json.loads(line)
-    try:
-        job = job_of(job)
-        answer = {"answer": look(job) if call == "look" else dataclasses.asdict(getattr(saved_model, call)(job))}
-    except EdgewiseError as e:
-        answer = {"error": type(e).__name__, "message": e.message, "hint": e.hint}
-    print(json.dumps(answer), flush=True)
 """
 ROWS = 24
 IMAGE = Tensor("image", (1, 10, 12, 3), "float32")
-ERRORS = {kind.__name__: kind for kind in (SourceError, UnsupportedModel, UsageError)}
 
 
 def tensorflow_python() -> Path:
@@ -77,37 +64,6 @@ def tensorflow_python() -> Path:
     if not found.is_file():
         pytest.skip("no environment with TensorFlow (EDGEWISE_TEST_TENSORFLOW_PYTHON, or EDGEWISE_HOME's own)")
     return found
-
-
-class Worker:
-    """One process with TensorFlow for all tests, as importing it takes seconds."""
-
-    def __init__(self, python: Path) -> None:
-        self._process = subprocess.Popen(
-            [python, "-W", "ignore", "-c", ASK],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=settings(),
-        )
-
-    def __call__(self, call: str, job: Job) -> Any:
-        from edgewise.export.work.job import job_text
-
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([call, job_text(job)]) + "\n")
-        self._process.stdin.flush()
-        found = json.loads(self._process.stdout.readline())
-        if "error" in found:
-            raise ERRORS[found["error"]](found["message"], hint=found["hint"])
-        return found["answer"]
-
-    def close(self) -> None:
-        with self._process:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
 
 
 def settings() -> dict[str, str]:
@@ -124,7 +80,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(models: Path) -> Any:
-    made = Worker(tensorflow_python())
+    made = Worker(tensorflow_python(), "sources.saved_model", OWN)
     yield made
     made.close()
 

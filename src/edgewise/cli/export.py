@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,10 +25,8 @@ from edgewise.cli.options import (
 )
 from edgewise.cli.output import columns, megabytes, progress, result
 from edgewise.errors import UsageError
+from edgewise.export.limits import BOUNDS, MAX_TOKENS, THREADS, Bounds
 from edgewise.settings import load
-
-if TYPE_CHECKING:
-    from edgewise.export.work.process import Bounds
 
 OK, REFUSED, FAILED = "ok", "refused", "failed"
 
@@ -65,13 +63,13 @@ def export(
     task: Annotated[
         str | None, typer.Option(metavar="T", help="classify, embed or numbers  [default: what the model is]")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="to which texts are padded")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="to which texts are padded")] = MAX_TOKENS,
     option: Annotated[
         list[str] | None, typer.Option(metavar="TARGET.KEY=VALUE", help="of one target; docs/export.md lists them")
     ] = None,
-    time_limit: TimeLimit = 1800,
-    memory_limit: MemoryLimit = 12,
-    threads: StepThreads = 2,
+    time_limit: TimeLimit = BOUNDS.seconds,
+    memory_limit: MemoryLimit = BOUNDS.memory_gb,
+    threads: StepThreads = THREADS,
     accept_licence: AcceptLicence = False,
     config: Config = None,
     json: Json = False,
@@ -96,7 +94,7 @@ def export(
         task=_task(task),
         max_tokens=max_tokens,
         options=_options(option),
-        bounds=bounds(time_limit, memory_limit),
+        bounds=Bounds(time_limit, memory_limit),
         threads=threads,
         accept_licence=accept_licence,
     )
@@ -187,9 +185,3 @@ def _options(given: list[str] | None) -> dict[str, dict[str, Any]]:
         except ValueError:
             found.setdefault(target, {})[key] = value
     return found
-
-
-def bounds(seconds: float, gigabytes: float) -> Bounds:
-    from edgewise.export.work.process import Bounds
-
-    return Bounds(seconds, int(gigabytes * 1e9))

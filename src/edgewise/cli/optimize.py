@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from edgewise.cli.export import bounds, finish
+from edgewise.cli.export import finish
 from edgewise.cli.options import (
     AcceptLicence,
     Artifacts,
@@ -23,6 +23,7 @@ from edgewise.cli.options import (
     shapes_of,
 )
 from edgewise.cli.output import note, progress
+from edgewise.export.limits import BOUNDS, THREADS, Bounds
 from edgewise.settings import load
 
 
@@ -42,9 +43,9 @@ def optimize(
     max_drop: MaxDrop = None,
     strict: Strict = False,
     shape: Shape = None,
-    time_limit: TimeLimit = 1800,
-    memory_limit: MemoryLimit = 12,
-    threads: StepThreads = 2,
+    time_limit: TimeLimit = BOUNDS.seconds,
+    memory_limit: MemoryLimit = BOUNDS.memory_gb,
+    threads: StepThreads = THREADS,
     accept_licence: AcceptLicence = False,
     config: Config = None,
     json: Json = False,
@@ -62,7 +63,7 @@ def optimize(
         max_drop=max_drop,
         strict=strict,
         shapes=shapes_of(shape),
-        bounds=bounds(time_limit, memory_limit),
+        bounds=Bounds(time_limit, memory_limit),
         threads=threads,
         accept_licence=accept_licence,
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from edgewise.errors import UsageError
+from edgewise.export.limits import MAX_TOKENS, THREADS, Bounds
 from edgewise.export.proof.gate import Gate
 from edgewise.export.report.facts import report, write
 from edgewise.export.report.page import page
 from edgewise.export.run import Order, export
-from edgewise.export.sources.model import MAX_TOKENS, Language, resolved
+from edgewise.export.sources.model import Language, resolved
 from edgewise.export.wanted import LANGUAGE_OPTIONS, OPTIONS, Wanted, parsed
 from edgewise.export.work.job import Source, Task
-from edgewise.export.work.process import Bounds
 
 Show = Callable[[str, int, int], None]
 
@@ -40,7 +40,7 @@ class Asked:
     max_tokens: int = MAX_TOKENS
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     bounds: Bounds = field(default_factory=Bounds)
-    threads: int = 2
+    threads: int = THREADS
     accept_licence: bool = False
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgewise.errors import EdgewiseError, UsageError
+from edgewise.export.limits import THREADS, Bounds
 from edgewise.export.proof import bisect, gate, hints
 from edgewise.export.proof.gate import Gate
 from edgewise.export.proof.parity import Parity, compared
@@ -43,7 +44,7 @@ from edgewise.export.work.job import (
     proved_of,
     read_array,
 )
-from edgewise.export.work.process import Bounds, run, versions
+from edgewise.export.work.process import run, versions
 
 Array = npt.NDArray[Any]
 Show = Callable[[str, int, int], None]
@@ -67,7 +68,7 @@ class Order:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     checked: Path | None = None
     bounds: Bounds = field(default_factory=Bounds)
-    threads: int = 2
+    threads: int = THREADS
 
 
 @dataclass(frozen=True, slots=True)

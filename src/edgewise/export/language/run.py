@@ -24,6 +24,7 @@ from edgewise.export.language import bundle_lm, parity
 from edgewise.export.language.parity import Continued
 from edgewise.export.language.passages import STEPS, TEXTS, Heard, Passage, heard_of
 from edgewise.export.language.source import LanguageSource, Show, opened
+from edgewise.export.limits import THREADS, Bounds
 from edgewise.export.proof.gate import (
     LEAST_ROWS,
     Gate,
@@ -40,7 +41,7 @@ from edgewise.export.sources.model import Language
 from edgewise.export.wanted import Wanted
 from edgewise.export.work.environments import source_python, target_python
 from edgewise.export.work.job import Converted, Job, Proved, Source, Step, converted_of, proved_of
-from edgewise.export.work.process import Bounds, run, versions
+from edgewise.export.work.process import run, versions
 from edgewise.models.licence import carry
 
 ENVIRONMENTS: Final = {"litert": "litertlm", "coreml": "coreml"}  # of what is not made in this process
@@ -60,7 +61,7 @@ class LanguageOrder:
     gate: Gate = field(default_factory=Gate)
     accept_licence: bool = False
     bounds: Bounds = field(default_factory=Bounds)
-    threads: int = 2
+    threads: int = THREADS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from edgewise.errors import SourceError
+from edgewise.export.limits import MAX_TOKENS
 from edgewise.export.sources.names import NAMES, source
 from edgewise.export.work.job import Kind, Source, Task
 from edgewise.models.bundle import MANIFEST
@@ -17,7 +18,6 @@ from edgewise.models.download import ALIASES, SHIPPED, Progress, fetch
 from edgewise.models.store import bundles_dir
 
 PYTHON_NAME: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-MAX_TOKENS: Final = 128
 LANGUAGE: Final = ("ForCausalLM", "LMHeadModel")
 
 

@@ -22,6 +22,8 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from edgewise.export.limits import MAX_TOKENS, THREADS
+
 Array = npt.NDArray[Any]
 Step = Literal["begin", "convert", "prove", "layers"]
 Kind = Literal["torch", "program", "hf", "onnx", "savedmodel", "efficientnet", "language"]
@@ -54,7 +56,7 @@ class Source:
     task: Task
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     search: tuple[str, ...] = ()
-    max_tokens: int = 128
+    max_tokens: int = MAX_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Job:
     data: str = ""  # begin: the user's --inputs; empty for random ones
     calibration_data: str = ""  # begin: the user's --calibration
     only: tuple[int, ...] = ()  # layers: which rows
-    threads: int = 2
+    threads: int = THREADS
     options: Mapping[str, Any] = field(default_factory=dict)  # of the target, each documented in its file
 
 

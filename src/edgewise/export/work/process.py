@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from edgewise import errors
 from edgewise.errors import EdgewiseError, ExportError
+from edgewise.export.limits import Bounds
 from edgewise.export.work.job import ANSWER, JOB, Job, job_text
 
 START: Final = Path(__file__).with_name("start.py")
@@ -33,14 +33,6 @@ QUIET: Final = {  # libraries that talk, count, ask home or spin
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores from whoever else has work
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What one step may take."""
-
-    seconds: float = 1800
-    memory_bytes: int = 12 << 30
 
 
 def run(job: Job, python: Path, bounds: Bounds) -> Mapping[str, Any]:
