@@ -57,7 +57,9 @@ def finished(job: Job, plain: Path, artifact: Path, notes: Sequence[str] = ()) -
     written = plain
     if job.precision != "fp32":
         written = plain.with_name("quantized.tflite")
-        calibration = litert_recipe.Calibration(job.inputs, job.outputs, _calibration(job), job.threads)
+        calibration = litert_recipe.Calibration(
+            job.inputs, job.outputs, _calibration(job), job.threads, job.source.task
+        )
         notes = (*notes, *litert_quantize.quantize(plain, written, job.precision, calibration))
     written.replace(artifact)
     artifact.chmod(0o644)

@@ -16,7 +16,7 @@ from ai_edge_quantizer import qtyping, quantizer
 
 from edgewise.export.targets.litert_file import File, Operator
 from edgewise.export.targets.litert_run import Net
-from edgewise.export.work.job import Tensor
+from edgewise.export.work.job import Task, Tensor
 
 Array = npt.NDArray[Any]
 
@@ -29,12 +29,13 @@ Ranges = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Rows as the source takes them."""
+    """Rows as the source takes them, and what the network is for."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     rows: Sequence[Array]
     threads: int
+    task: Task
 
 
 def write(source: Path, output: Path, recipe: Any, ranges: Ranges, calibration: Calibration) -> None:

@@ -4,7 +4,7 @@ It gives every activation one range. Some cannot be held so: a transformer's res
 a hundred times as large as the rest, and an additive mask is larger still. So the activations of the calibration rows
 are measured first. A product whose input or output would lose more than LOSES of itself keeps its weights in int8 and
 measures the range of its input as it runs; and of two ways to treat all the others, the file gets the one whose outputs
-stay closer to float32:
+stay closer to float32. Where these are still too far off, the products that do so are chosen by what each costs there.
 
     whole       every operator that XNNPACK has in int8: one chain of integers from end to end
     products    convolutions and matrix products; norms, softmax and sums between them stay float32
@@ -12,7 +12,7 @@ stay closer to float32:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,8 @@ from edgewise.export.targets.litert_recipe import (
     write,
 )
 from edgewise.export.targets.litert_run import Net, Watched, relative_l2
+from edgewise.export.targets.litert_smooth import smoothed
+from edgewise.export.targets.mixed import MAY_LOSE, MOST, fewest
 
 LOSES: Final = 0.05  # relative L2 of an activation's rounding to int8
 MEASURED: Final = 8  # rows on which that is taken
@@ -70,25 +72,33 @@ def static(source: Path, output: Path, calibration: Calibration) -> tuple[str, .
     """Write `output`; notes on what was done. UsageError without calibration rows."""
     if not calibration.rows or not len(calibration.rows[0]):
         raise UsageError("static int8 needs inputs to calibrate with", hint="give --calibration, or take int8-dynamic")
-    source = with_flat_biases(source)
+    source = smoothed(with_flat_biases(source), calibration)
     file = File(source)
     found = _activations(source, calibration)
     loose = _loose(file, found)
     expected = _outputs(source, calibration)
-    ways = {"whole": _whole(file, found, loose), "products": _products(file, loose)}
+    recipes: dict[str, Callable[[Sequence[Operator]], Any]] = {
+        "whole": lambda loose: _whole(file, found, loose),
+        "products": lambda loose: _products(file, loose),
+    }
     errors: dict[str, float] = {}
-    for name, recipe in ways.items():
-        write(source, output.with_suffix(f".{name}"), recipe, found.ranges, calibration)
-        errors[name] = _error(expected, output.with_suffix(f".{name}"), calibration)
+
+    def off(name: str, loose: Sequence[Operator]) -> float:
+        """Writes the file, too."""
+        write(source, output, recipes[name](loose), found.ranges, calibration)
+        return _error(expected, output, calibration)
+
+    for name in recipes:
+        errors[name] = off(name, loose)
         if errors[name] <= GOOD:
             break
     if not np.isfinite(min(errors.values())):
         raise UnsupportedModel("its static int8 form gives no numbers, or cannot be run", hint="take int8-dynamic")
     chosen = _chosen(errors)
-    for name in errors:
-        part = output.with_suffix(f".{name}")
-        part.replace(output) if name == chosen else part.unlink()
-    return _static_notes(file, chosen, errors, loose, found)
+    if errors[chosen] > (most := MAY_LOSE[calibration.task]):
+        loose = fewest(_static_products(file), lambda kept: off(chosen, kept), most)
+    after = off(chosen, loose)
+    return _static_notes(file, chosen, errors, after, loose)
 
 
 def _chosen(errors: Mapping[str, float]) -> str:
@@ -130,12 +140,12 @@ def _rounded(value: Array, low: float, high: float) -> Array:
     return np.clip(np.round(value / step), np.round(low / step), np.round(high / step)) * step
 
 
-def _loose(file: File, found: _Activations) -> tuple[Operator, ...]:
+def _loose(file: File, found: _Activations) -> list[Operator]:
     """Products with an activation that int8 cannot hold; the worst half at most, else it would not be static int8."""
     products = _static_products(file)
     losses = {op: _loss(file, op, found) for op in products}
     worst = sorted((op for op in products if losses[op] > LOSES), key=lambda op: -losses[op])
-    return tuple(worst[: len(products) // 2])
+    return worst[: int(len(products) * MOST)]
 
 
 def _static_products(file: File) -> list[Operator]:
@@ -204,7 +214,7 @@ def _error(expected: Sequence[Array], path: Path, calibration: Calibration) -> f
 
 
 def _static_notes(
-    file: File, chosen: str, errors: Mapping[str, float], loose: Sequence[Operator], found: _Activations
+    file: File, chosen: str, errors: Mapping[str, float], after: float, loose: Sequence[Operator]
 ) -> tuple[str, ...]:
     what = {
         "whole": "activations are int8 from end to end, save operators that XNNPACK has in float32 alone",
@@ -213,9 +223,8 @@ def _static_notes(
     seen = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
     notes = [f"{what[chosen]} (relative L2 on calibration rows: {seen})"]
     if loose:
-        worst = max(loose, key=lambda op: _loss(file, op, found))
         notes.append(
-            f"{len(loose)} of {len(_static_products(file))} matrices keep int8 weights and measure the range of their"
-            f" inputs as they run: with one range for all, int8 loses up to {_loss(file, worst, found):.0%} of a tensor"
+            f"{len(loose)} of {len(_static_products(file))} matrices keep int8 weights and measure the range of their "
+            f"inputs as they run, as one range for all costs them most: relative L2 {after:.3f}"
         )
     return tuple(notes)

@@ -6,14 +6,15 @@ does for users; `reduce_range` (false), int8 weights of 7 bits, for processors w
 EfficientNet-Lite0's top-1 that takes 2 points more.
 
 int8 rounds activations to uint8 and weights to int8 per channel. In a transformer only what goes into products with
-stored matrices is rounded: the sums between its layers hold a few numbers far larger than all others.
+stored matrices is rounded: the sums between its layers hold a few numbers far larger than all others. Where the outputs
+would move too far, the products that cost most stay floating (onnx_mixed.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ import onnxruntime as ort
 
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.export.targets import onnx_graph as graphs
+from edgewise.export.targets.onnx_mixed import BY_CHOICE, floating_by_choice, mixed
+from edgewise.export.targets.onnx_smooth import smoothed
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
 
 OPSET: Final = 20
@@ -47,6 +50,7 @@ INT8_OPS: Final = (  # that onnxruntime has int8 kernels for on processors, and 
     "Sigmoid",
     "Transpose",
 )
+MATRICES: Final = ["MatMul", "Gemm"]
 AT_ONCE: Final = 8
 BATCH_WITHIN: Final = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2, "int8-dynamic": 0.2, "int4": 1e-2}
 
@@ -82,13 +86,14 @@ def prove(job: Job) -> Proved:
     if job.precision == "int8":
         checks.append(_check_kernels(job, rows, outputs))
     left = _left(model, job.precision)
+    chosen = floating_by_choice(model)
     return Proved(
         "executed",
         True,
         f"onnxruntime {ort.__version__}, CPU, {job.threads} threads{'' if optimize else ', graph as it stands'}",
-        _coverage(model, left, job.precision),
+        _coverage(model, left, chosen, job.precision),
         graphs.weight_bytes(model),
-        tuple(graphs.label(node) for node in left if _could(node, job.precision)),
+        tuple(graphs.label(one) for one in left if _could(one, job.precision) and one.name not in chosen),
         tuple(checks),
         graphs.latencies(session, rows),
     )
@@ -247,17 +252,17 @@ def _where(text: str) -> str:
 def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
     from edgewise.export.targets import onnx_precision as precision
 
-    if job.precision == "int8-dynamic":
-        return _dynamic_int8(model, work)
     if job.precision == "int4":
         return _int4(model)
     rows = calibration(job, model)
+    if job.precision == "int8-dynamic":
+        return _dynamic_int8(precision.tamed(model), rows, job, work, notes)
     if job.precision == "fp16":
         half, kept = precision.halved(model, rows, work, job.threads)
         if kept:
             notes.append(f"{len(kept)} nodes stay float32, as half precision may not hold what they compute")
         return half
-    return _int8(precision.tamed(graphs.folded(model, work)), rows, job, work)
+    return _int8(precision.tamed(graphs.folded(model, work)), rows, job, work, notes)
 
 
 def calibration(job: Job, model: onnx.ModelProto) -> dict[str, Array]:
@@ -271,45 +276,66 @@ def calibration(job: Job, model: onnx.ModelProto) -> dict[str, Array]:
     return {name: read_array(directory, name if by_name else other) for name, other in zip(names, ours, strict=True)}
 
 
-def _int8(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path) -> onnx.ModelProto:
+def _int8(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantType
 
     from edgewise.export.targets import onnx_precision as precision
 
-    wanted = precision.computed(model)
-    seen = precision.observed(model, wanted, rows, work, job.threads)
-    products = precision.attends(model)
-    ops = graphs.WEIGHTY if products else [op for op in INT8_OPS if any(n.op_type == op for n in model.graph.node)]
-    return precision.paired(
-        model,
-        precision.ranges(seen, 8, symmetric=False, whole=products),
-        activations=QuantType.QUInt8,
-        weights=QuantType.QInt8,
-        ops=list(ops),
-        leave=precision.without_weights(model),
-        reduce_range=bool(job.options.get("reduce_range", False)),
-        extra={
-            "WeightSymmetric": True,
-            "OpTypesToExcludeOutputQuantization": list(graphs.WEIGHTY) if products else [],
-            "QuantizeBias": not products,
-        },
-    )
+    attends = precision.attends(model)
+    model = smoothed(model, rows, work, job.threads) if attends else model
+    seen = precision.observed(model, precision.computed(model), rows, work, job.threads)
+    ops = graphs.WEIGHTY if attends else [op for op in INT8_OPS if any(n.op_type == op for n in model.graph.node)]
+    ranges = precision.ranges(seen, 8, symmetric=False, whole=attends)
+
+    def pair(floating: Sequence[str]) -> onnx.ModelProto:
+        return precision.paired(
+            model,
+            ranges,
+            activations=QuantType.QUInt8,
+            weights=QuantType.QInt8,
+            ops=list(ops),
+            leave=[*precision.without_weights(model), *floating],
+            reduce_range=bool(job.options.get("reduce_range", False)),
+            extra={
+                "WeightSymmetric": True,
+                "OpTypesToExcludeOutputQuantization": list(graphs.WEIGHTY) if attends else [],
+                "DedicatedQDQPair": attends,  # else what is added to the same tensor would be rounded with it
+                "QuantizeBias": not attends,
+            },
+        )
+
+    products = [node.name for node in precision.with_weights(model) if node.op_type in ops]
+    found, said = mixed(model, products, pair, rows, job, work)
+    notes += said
+    return precision.with_small_tables(found)
 
 
-def _dynamic_int8(model: onnx.ModelProto, work: Path) -> onnx.ModelProto:
+def _dynamic_int8(
+    model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path, notes: list[str]
+) -> onnx.ModelProto:
     """Matrices alone: with ranges of the moment, onnxruntime has convolutions with one scale for all channels only."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    from edgewise.export.targets import onnx_precision as precision
+
     graphs.save(model, work / "float.onnx")
-    quantize_dynamic(
-        work / "float.onnx",
-        work / "dynamic.onnx",
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
-    )
-    found: onnx.ModelProto = onnx.load(work / "dynamic.onnx")
-    return found
+
+    def pair(floating: Sequence[str]) -> onnx.ModelProto:
+        quantize_dynamic(
+            work / "float.onnx",
+            work / "dynamic.onnx",
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=MATRICES,
+            nodes_to_exclude=list(floating),
+        )
+        made: onnx.ModelProto = onnx.load(work / "dynamic.onnx")
+        return made
+
+    products = [node.name for node in precision.with_weights(model) if node.op_type in MATRICES]
+    found, said = mixed(model, products, pair, rows, job, work)
+    notes += said
+    return precision.with_small_tables(found)
 
 
 def _int4(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -374,16 +400,19 @@ def _blocked(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> bool:
 
 
 def _could(node: onnx.NodeProto, precision: str) -> bool:
-    return precision == "fp16" or node.op_type in (
-        ("Conv", "MatMul", "Gemm") if precision == "int8" else ("MatMul", "Gemm")
-    )
+    return precision == "fp16" or node.op_type in (("Conv", *MATRICES) if precision == "int8" else MATRICES)
 
 
-def _coverage(model: onnx.ModelProto, left: Sequence[onnx.NodeProto], precision: str) -> Coverage:
+def _coverage(
+    model: onnx.ModelProto, left: Sequence[onnx.NodeProto], chosen: Collection[str], precision: str
+) -> Coverage:
     nodes = [one for one in model.graph.node if one.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")]
-    counts = Counter(node.op_type for node in left)
+    counts = Counter((node.op_type, node.name in chosen) for node in left)
     fallback = tuple(
-        Fallback(op, count, f"stays floating in {precision}", _way_out(op, precision)) for op, count in counts.items()
+        Fallback(op, count, BY_CHOICE, None)
+        if by_choice
+        else Fallback(op, count, f"stays floating in {precision}", _way_out(op, precision))
+        for (op, by_choice), count in counts.items()
     )
     return Coverage(len(nodes), len(nodes) - len(left), f"onnxruntime CPU, {precision}", fallback)
 

@@ -4,6 +4,7 @@ DequantizeLinear pairs (Q/DQ) whose ranges come from calibration rows."""
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +95,11 @@ def observed(
     def look(name: str, value: Array) -> None:
         found.setdefault(name, []).append(_seen(value, each))
 
-    _watch(model, tensors, rows, work, threads, look)
+    watch(model, tensors, rows, work, threads, look)
     return {name: _together(parts) for name, parts in found.items()}
 
 
-def _watch(
+def watch(
     model: onnx.ModelProto,
     tensors: Collection[str],
     rows: Mapping[str, Array],
@@ -213,16 +214,18 @@ def paired(
     return ordered(quantizer.model.model)
 
 
-def centred(model: onnx.ModelProto, seen: Mapping[str, Seen]) -> tuple[onnx.ModelProto, dict[str, Range]]:
-    """For formats without a zero point: what goes into products with stored matrices is moved so that zero is in the
-    middle of its range, and what that takes from the product is added again. Else half of the numbers would be for the
-    side of zero where little is, as after a GELU. With the new ranges of those inputs."""
+def centred(
+    model: onnx.ModelProto, seen: Mapping[str, Seen], leave: Collection[str] = ()
+) -> tuple[onnx.ModelProto, dict[str, Range]]:
+    """For formats without a zero point: what goes into products with stored matrices, but for the nodes in `leave`, is
+    moved so that zero is in the middle of its range, and what that takes from the product is added again. Else half of
+    the numbers would be for the side of zero where little is, as after a GELU. With the new ranges of those inputs."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     stored = {one.name: one for one in copy.graph.initializer}
     moved: dict[str, Range] = {}
     for node in list(copy.graph.node):
-        one = seen.get(node.input[0]) if _is_product(node, stored) else None
+        one = seen.get(node.input[0]) if node.name not in leave and is_product(node, stored) else None
         if one is None or abs(one.least + one.most) / 2 <= OFF_CENTRE * (one.most - one.least):
             continue
         name = f"{node.input[0]}_centred"
@@ -247,7 +250,37 @@ def _as_int8(matrix: Array, axis: int) -> Array:
     return np.asarray(np.rint(matrix / np.where(step > 0, step, 1)) * step)
 
 
-def _is_product(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+def with_small_tables(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Tables of embeddings in int8 with a scale for each row, which is read beside it: half of what a small encoder
+    weighs. A pair around Gather would have onnxruntime make the whole table float32 again as it loads."""
+    stored = {one.name: one for one in model.graph.initializer}
+    used = Counter(name for node in model.graph.node for name in node.input)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        table = stored.get(node.input[0]) if node.op_type == "Gather" and not attribute(node, "axis", 0) else None
+        if table is None or len(table.dims) != 2 or used[table.name] > 1 or table.data_type != onnx.TensorProto.FLOAT:
+            nodes.append(node)
+            continue
+        name, value = table.name, as_numpy(table)
+        step = np.maximum(np.abs(value).max(axis=1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
+        model.graph.initializer.remove(table)
+        _store(model, f"{name}_int8", np.rint(value / step).astype(np.int8))
+        _store(model, f"{name}_steps", step)
+        nodes += [
+            helper.make_node("Gather", [f"{name}_int8", node.input[1]], [f"{name}_read"], node.name),
+            helper.make_node("Gather", [f"{name}_steps", node.input[1]], [f"{name}_step"], f"{node.name}_step"),
+            helper.make_node(
+                "Cast", [f"{name}_read"], [f"{name}_cast"], f"{node.name}_cast", to=onnx.TensorProto.FLOAT
+            ),
+            helper.make_node("Mul", [f"{name}_cast", f"{name}_step"], [node.output[0]], f"{node.name}_mul"),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def is_product(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """With a matrix that is stored in the file."""
     if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in stored or len(stored[node.input[1]].dims) != 2:
         return False
     scaled = any(one.name == "alpha" and one.f != 1 for one in node.attribute)

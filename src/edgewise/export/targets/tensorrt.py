@@ -7,7 +7,7 @@ computes in, and what the graph gives in onnxruntime: never the engine's own num
 
 Options: `compute`, the GPUs' compute capabilities (SM86, SM89); `batches`, least, best and largest number of rows (1,
 1, 8). int8 rounds the inputs and weights of convolutions and products with stored matrices, symmetrically, and no
-bias."""
+bias; those that cost most stay floating (onnx_mixed.py)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from edgewise.export.targets import onnx_graph as graphs
 from edgewise.export.targets import onnx_precision as precision
 from edgewise.export.targets import tensorrt_gpu
 from edgewise.export.targets.onnx import calibration
+from edgewise.export.targets.onnx_mixed import BY_CHOICE, floating_by_choice, mixed
+from edgewise.export.targets.onnx_smooth import smoothed
 from edgewise.export.work.job import (
     Array,
     Check,
@@ -106,13 +108,16 @@ def prove(job: Job) -> Proved:
     skipped: tuple[str, ...] = ()
     notes = [*run.notes, f"{stem.name}.trtexec.sh builds an engine on a Jetson: it was not run"]
     if job.precision == "int8":
-        weighty = _rounded(model)
+        chosen = floating_by_choice(model)
+        weighty = [node for node in _rounded(model) if node.name not in chosen]
         real = _int8_layers(Path(f"{stem}.layers.json"))
         skipped = tuple(graphs.label(node) for node in weighty if node.name not in real)
         done = len(weighty) - len(skipped)
         detail = f"{done} of {len(weighty)} convolutions and products take int8, says the builder of each layer"
         checks.append(Check("engine precision", not skipped, detail))
-        if floating := len(precision.with_weights(model)) - len(weighty):
+        if chosen:
+            notes.append(f"{len(chosen)} more: each {BY_CHOICE}")
+        if floating := sum(node.op_type not in INT8_OPS for node in precision.with_weights(model)):
             notes.append(
                 f"{floating} transposed convolutions compute in floating point: TensorRT-RTX has no int8 for them"
             )
@@ -193,24 +198,32 @@ def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> on
         raise UsageError(f"TensorRT has no {job.precision} here", hint="ask for fp32, fp16 or int8")
     from onnxruntime.quantization import QuantType
 
+    attends = precision.attends(model)
+    model = smoothed(model, rows, work, job.threads) if attends else model
     weighty = _rounded(model)
     seen = precision.observed(model, [node.input[0] for node in weighty], rows, work, job.threads)
-    whole = precision.attends(model)
-    model, moved = precision.centred(model, seen) if whole else (model, {})
-    return precision.paired(
-        model,
-        precision.ranges(seen, 8, symmetric=True, whole=whole) | moved,
-        activations=QuantType.QInt8,
-        weights=QuantType.QInt8,
-        ops=INT8_OPS,
-        leave=precision.without_weights(model),
-        extra={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "QuantizeBias": False,  # TensorRT refuses int32
-            "OpTypesToExcludeOutputQuantization": list(INT8_OPS),  # what follows wants to be exact
-        },
-    )
+
+    def pair(floating: Sequence[str]) -> onnx.ModelProto:
+        whole, moved = precision.centred(model, seen, floating) if attends else (model, {})
+        return precision.paired(
+            whole,
+            precision.ranges(seen, 8, symmetric=True, whole=attends) | moved,
+            activations=QuantType.QInt8,
+            weights=QuantType.QInt8,
+            ops=INT8_OPS,
+            leave=[*precision.without_weights(model), *floating],
+            extra={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,  # TensorRT refuses int32
+                "DedicatedQDQPair": attends,  # else what is added to the same tensor would be rounded with it
+                "OpTypesToExcludeOutputQuantization": list(INT8_OPS),  # what follows wants to be exact
+            },
+        )
+
+    found, said = mixed(model, [node.name for node in weighty], pair, rows, job, work)
+    notes += said
+    return found
 
 
 def _rounded(model: onnx.ModelProto) -> list[onnx.NodeProto]:
