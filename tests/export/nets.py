@@ -76,6 +76,19 @@ class Encoder(nn.Module):
         return F.normalize((x * weight).sum(1) / weight.sum(1), dim=-1)
 
 
+class Touchy(nn.Module):
+    """One of its products turns into an angle, and what rounding takes from that changes everything; the others do
+    not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.angle, self.last = nn.Linear(24, 64), nn.Linear(24, 64), nn.Linear(128, CLASSES)
+        nn.init.uniform_(self.angle.weight, -16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.cat([F.silu(self.plain(x)), torch.sin(self.angle(x))], -1))
+
+
 class Mlp(nn.Module):
     """Linear layers alone."""
 
@@ -160,6 +173,22 @@ def swapped() -> nn.Module:
 
 def encoder() -> nn.Module:
     return _made(Encoder)
+
+
+def spiky() -> nn.Module:
+    """An encoder in which two channels are forty times as large as the others, and the matrices behind them take that
+    back: as large ones are after training."""
+    net = encoder()
+    with torch.no_grad():
+        for norm, product in ((net.norm, net.qkv), (net.norm2, net.up)):
+            for channel in (3, 17):
+                norm.weight[channel] *= 40
+                product.weight[:, channel] /= 40
+    return net
+
+
+def touchy() -> nn.Module:
+    return _made(Touchy)
 
 
 def mlp() -> nn.Module:

@@ -124,4 +124,6 @@ NETS: Final = {
     "mlp": vectors,
     "overflowing": vectors,
     "encoder": tokens,
+    "spiky": tokens,
+    "touchy": vectors,
 }

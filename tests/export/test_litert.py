@@ -185,6 +185,7 @@ DATA: Final[Mapping[str, Any]] = {
     "cnn": _image,
     "convs": _image,
     "encoder": _ids,
+    "spiky": _ids,
     "mlp": _numbers(24),
     "eigen": lambda draw: {"x": draw.standard_normal((24, 3, 3)).astype(np.float32)},
     "deciding": _numbers(24),
@@ -233,6 +234,13 @@ def test_a_network_in_each_precision_runs_and_is_close_to_its_source(
     whole = {"int8"} if (net, precision) == ("cnn", "int4") else set()  # filters: there are no int4 kernels for them
     assert set(found.weights) == STORED[precision] | whole
     assert len(found.latency_ms) == 20
+
+
+def test_channels_that_are_far_larger_than_others_are_made_alike_before_rounding(bench: Bench) -> None:
+    plain, spiky = (bench.converted(f"nets:{name}", "int8").artifact for name in ("encoder", "spiky"))
+    _, errors = bench.proved("nets:spiky", spiky, "int8")
+    assert errors.max() < CLOSE["int8"]
+    assert Path(spiky).stat().st_size < Path(plain).stat().st_size * 1.2  # the old matrices are not in the file
 
 
 def test_everything_that_xnnpack_has_runs_there_and_the_rest_is_named(bench: Bench) -> None:

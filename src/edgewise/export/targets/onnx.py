@@ -3,11 +3,7 @@
 Options: `dynamic`, input name -> axes beyond the first that are free as well; `input_name`, `batch_name`: what to call
 the only input and the free first axis; `optimize` (true), whether the proof lets onnxruntime rewrite the graph as it
 does for users; `reduce_range` (false), int8 weights of 7 bits, for processors without VNNI, whose kernels saturate: of
-EfficientNet-Lite0's top-1 that takes 2 points more.
-
-int8 rounds activations to uint8 and weights to int8 per channel. In a transformer only what goes into products with
-stored matrices is rounded: the sums between its layers hold a few numbers far larger than all others. Where the outputs
-would move too far, the products that cost most stay floating (onnx_mixed.py).
+EfficientNet-Lite0's top-1 that takes 2 points more. Number types are in onnx_typed.py.
 """
 
 from __future__ import annotations
@@ -23,34 +19,13 @@ import onnxruntime as ort
 
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.export.targets import onnx_graph as graphs
-from edgewise.export.targets.onnx_mixed import BY_CHOICE, floating_by_choice, mixed
-from edgewise.export.targets.onnx_smooth import smoothed
+from edgewise.export.targets.onnx_mixed import BY_CHOICE, floating_by_choice
+from edgewise.export.targets.onnx_products import floating, with_weights
+from edgewise.export.targets.onnx_typed import MATRICES, typed
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
 
 OPSET: Final = 20
 LARGEST_BATCH: Final = 1024
-BLOCK: Final = 32  # int4 numbers that share a scale
-INT8_OPS: Final = (  # that onnxruntime has int8 kernels for on processors, and what passes int8 through
-    "Add",
-    "AveragePool",
-    "Clip",
-    "Concat",
-    "Conv",
-    "Flatten",
-    "Gemm",
-    "GlobalAveragePool",
-    "LeakyRelu",
-    "MatMul",
-    "MaxPool",
-    "Mul",
-    "Pad",
-    "Relu",
-    "Reshape",
-    "Resize",
-    "Sigmoid",
-    "Transpose",
-)
-MATRICES: Final = ["MatMul", "Gemm"]
 AT_ONCE: Final = 8
 BATCH_WITHIN: Final = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2, "int8-dynamic": 0.2, "int4": 1e-2}
 
@@ -63,7 +38,7 @@ def convert(job: Job) -> Converted:
     checks = graphs.check_conversion(job, plain)
     model = graphs.load(plain)
     if job.precision != "fp32":
-        model = _typed(model, job, work, notes)
+        model = typed(model, job, work, notes)
     _as_called(model, job.options)
     artifact = Path(f"{job.artifact}.onnx")
     files = graphs.save(model, artifact)
@@ -246,112 +221,6 @@ def _where(text: str) -> str:
     return f", at {Path(own[-1][0]).name}:{own[-1][1]} in {own[-1][2]}" if own else ""
 
 
-# Other precisions
-
-
-def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
-    from edgewise.export.targets import onnx_precision as precision
-
-    if job.precision == "int4":
-        return _int4(model)
-    rows = calibration(job, model)
-    if job.precision == "int8-dynamic":
-        return _dynamic_int8(precision.tamed(model), rows, job, work, notes)
-    if job.precision == "fp16":
-        half, kept = precision.halved(model, rows, work, job.threads)
-        if kept:
-            notes.append(f"{len(kept)} nodes stay float32, as half precision may not hold what they compute")
-        return half
-    return _int8(precision.tamed(graphs.folded(model, work)), rows, job, work, notes)
-
-
-def calibration(job: Job, model: onnx.ModelProto) -> dict[str, Array]:
-    """Calibration rows by the names of a network's inputs."""
-    from edgewise.export.work.job import read_array
-
-    names = [one.name for one in graphs.graph_inputs(model)]
-    ours = [one.name for one in job.inputs]
-    by_name = set(names) == set(ours)
-    directory = job.calibration or job.rows
-    return {name: read_array(directory, name if by_name else other) for name, other in zip(names, ours, strict=True)}
-
-
-def _int8(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
-    from onnxruntime.quantization import QuantType
-
-    from edgewise.export.targets import onnx_precision as precision
-
-    attends = precision.attends(model)
-    model = smoothed(model, rows, work, job.threads) if attends else model
-    seen = precision.observed(model, precision.computed(model), rows, work, job.threads)
-    ops = graphs.WEIGHTY if attends else [op for op in INT8_OPS if any(n.op_type == op for n in model.graph.node)]
-    ranges = precision.ranges(seen, 8, symmetric=False, whole=attends)
-
-    def pair(floating: Sequence[str]) -> onnx.ModelProto:
-        return precision.paired(
-            model,
-            ranges,
-            activations=QuantType.QUInt8,
-            weights=QuantType.QInt8,
-            ops=list(ops),
-            leave=[*precision.without_weights(model), *floating],
-            reduce_range=bool(job.options.get("reduce_range", False)),
-            extra={
-                "WeightSymmetric": True,
-                "OpTypesToExcludeOutputQuantization": list(graphs.WEIGHTY) if attends else [],
-                "DedicatedQDQPair": attends,  # else what is added to the same tensor would be rounded with it
-                "QuantizeBias": not attends,
-            },
-        )
-
-    products = [node.name for node in precision.with_weights(model) if node.op_type in ops]
-    found, said = mixed(model, products, pair, rows, job, work)
-    notes += said
-    return precision.with_small_tables(found)
-
-
-def _dynamic_int8(
-    model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path, notes: list[str]
-) -> onnx.ModelProto:
-    """Matrices alone: with ranges of the moment, onnxruntime has convolutions with one scale for all channels only."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    from edgewise.export.targets import onnx_precision as precision
-
-    graphs.save(model, work / "float.onnx")
-
-    def pair(floating: Sequence[str]) -> onnx.ModelProto:
-        quantize_dynamic(
-            work / "float.onnx",
-            work / "dynamic.onnx",
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=MATRICES,
-            nodes_to_exclude=list(floating),
-        )
-        made: onnx.ModelProto = onnx.load(work / "dynamic.onnx")
-        return made
-
-    products = [node.name for node in precision.with_weights(model) if node.op_type in MATRICES]
-    found, said = mixed(model, products, pair, rows, job, work)
-    notes += said
-    return precision.with_small_tables(found)
-
-
-def _int4(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    whole = ONNXModel(model)
-    whole.replace_gemm_with_matmul()
-    quantizer = MatMulNBitsQuantizer(
-        whole.model, bits=4, block_size=BLOCK, is_symmetric=True, op_types_to_quantize=("MatMul",)
-    )
-    quantizer.process()
-    found: onnx.ModelProto = quantizer.model.model
-    return found
-
-
 # The proof
 
 
@@ -378,19 +247,18 @@ def _check_kernels(job: Job, rows: Mapping[str, Array], outputs: Sequence[Array]
 
 def _left(model: onnx.ModelProto, precision: str) -> list[onnx.NodeProto]:
     """Nodes with weights of another number type than was asked for."""
-    from edgewise.export.targets import onnx_precision as numbers
 
     if precision == "fp32":
         return []
     if precision == "fp16":
         stored, made = graphs.constants(model), graphs.makers(model)
-        weights = {node.name: graphs.weight_of(node, stored, made) for node in numbers.with_weights(model)}
+        weights = {node.name: graphs.weight_of(node, stored, made) for node in with_weights(model)}
         return [
             node
-            for node in numbers.with_weights(model)
+            for node in with_weights(model)
             if weights[node.name].data_type == onnx.TensorProto.FLOAT and not _blocked(node, made)
         ]
-    return numbers.floating(model, activations=precision == "int8")
+    return floating(model, activations=precision == "int8")
 
 
 def _blocked(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> bool:

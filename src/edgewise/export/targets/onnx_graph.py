@@ -16,7 +16,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from edgewise.errors import SourceError, UnsupportedModel
-from edgewise.export.work.job import Array, Check, Job, Layers, Tensor, read_array, write_arrays
+from edgewise.export.work.job import Array, Check, Job, Layers, read_array, write_arrays
 
 CPU: Final = ["CPUExecutionProvider"]
 BATCHES: Final = (1, 7)  # both must give the same
@@ -125,58 +125,6 @@ def first_axis(model: onnx.ModelProto) -> int | None:
     """How many rows the network takes at once; None where any number."""
     shapes = [one.type.tensor_type.shape for one in graph_inputs(model)]
     return max((shape.dim[0].dim_value for shape in shapes if shape.dim), default=0) or None
-
-
-def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
-
-
-def settled(model: onnx.ModelProto, work: Path, inputs: Sequence[Tensor]) -> onnx.ModelProto:
-    """For one row at a time, every shape fixed, and with nothing left to compute that does not depend on the inputs.
-
-    UnsupportedModel if an axis stays free."""
-    small = onnx.ModelProto()
-    small.CopyFrom(model)
-    wanted = {one.name: one.shape for one in inputs}
-    for place, value in enumerate(graph_inputs(small)):
-        shape = wanted.get(value.name, inputs[place].shape if place < len(inputs) else ())
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.dim_value:
-                dim.dim_value = 1 if axis == 0 else (shape[axis] if axis < len(shape) else None) or 0
-            if not dim.dim_value:
-                raise UnsupportedModel(
-                    f"the input {value.name!r} has no fixed length along axis {axis}, and this target needs one",
-                    hint=f"say it: --shape {value.name}=1,… with a number for each axis",
-                )
-    for value in small.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del small.graph.value_info[:]
-    if first_axis(small) != 1:
-        raise UnsupportedModel(
-            f"the network takes {first_axis(small)} rows at once, and this target takes one",
-            hint="export it with a free first axis, or with one of length 1",
-        )
-    return folded(small, work)
-
-
-def folded(model: onnx.ModelProto, work: Path) -> onnx.ModelProto:
-    """As onnxruntime simplifies it, with standard operators alone."""
-    before, after = work / "fold-in.onnx", work / "fold-out.onnx"
-    save(model, before)
-    options = session_options(1, optimize=True)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(after)
-    try:
-        # its Gemm between two Reshapes would give layers other names and other shapes than the source has
-        ort.InferenceSession(str(before), options, providers=CPU, disabled_optimizers=["MatMulAddFusion"])
-    except Exception as e:
-        raise unable(e, "the network") from e
-    found = onnx.load(after)
-    used = {node.domain for node in found.graph.node} | {""}
-    kept = [one for one in found.opset_import if one.domain in used]
-    del found.opset_import[:]
-    found.opset_import.extend(kept)
-    return inferred(found)
 
 
 # Running

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgewise.export.targets import onnx_precision as precision
-from edgewise.export.targets.onnx_graph import as_numpy, attribute, inferred
+from edgewise.export.targets.onnx_graph import as_numpy, attribute
+from edgewise.export.targets.onnx_observe import watch
+from edgewise.export.targets.onnx_products import is_product
+from edgewise.export.targets.onnx_rewrite import inferred, ordered, without_unused
 from edgewise.export.targets.smooth import Channels
 from edgewise.export.work.job import Array
 
@@ -22,17 +24,17 @@ def smoothed(model: onnx.ModelProto, rows: Mapping[str, Array], work: Path, thre
     stored = {one.name: one for one in copy.graph.initializer}
     products: dict[str, list[onnx.NodeProto]] = {}
     for node in copy.graph.node:
-        if precision.is_product(node, stored):
+        if is_product(node, stored):
             products.setdefault(node.input[0], []).append(node)
     count = len(next(iter(rows.values())))
     channels = {name: Channels(count) for name in products}
-    precision.watch(model, channels, rows, work, threads, lambda name, value: channels[name].add(value))
+    watch(model, channels, rows, work, threads, lambda name, value: channels[name].add(value))
     for name, some in products.items():
         matrices = [_turned(node, as_numpy(stored[node.input[1]])) for node in some]
         by = channels[name].factors(matrices)
         if by is not None:
             _multiply(copy, name, by, dict(zip((node.name for node in some), matrices, strict=True)), some)
-    return inferred(precision.ordered(_without_unused(copy)))
+    return inferred(ordered(without_unused(copy)))
 
 
 def _multiply(
@@ -52,11 +54,3 @@ def _multiply(
 def _turned(node: onnx.NodeProto, matrix: Array) -> Array:
     """From as it is stored to [channels of the input, outputs], and back."""
     return matrix.T if attribute(node, "transB", 0) else matrix
-
-
-def _without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [one for one in model.graph.initializer if one.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return model

@@ -33,8 +33,11 @@ from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
 from edgewise.errors import EdgewiseError, ExportError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.targets import onnx_graph as graphs
-from edgewise.export.targets import onnx_precision as precision
-from edgewise.export.targets.onnx import calibration
+from edgewise.export.targets.onnx_int8 import paired, ranges
+from edgewise.export.targets.onnx_observe import computed, observed
+from edgewise.export.targets.onnx_products import floating, is_transformer
+from edgewise.export.targets.onnx_rewrite import settled, tamed
+from edgewise.export.targets.onnx_typed import calibration
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
 
 EP: Final = "QNNExecutionProvider"
@@ -101,7 +104,7 @@ def prove(job: Job) -> Proved:
         f"the x86 emulator of onnxruntime-qnn {_version()}, CPU fallback disabled",
         _coverage(taken, left, reasons),
         graphs.weight_bytes(model),
-        tuple(map(graphs.label, precision.floating(model))) if job.precision == "int8" else (),
+        tuple(map(graphs.label, floating(model))) if job.precision == "int8" else (),
         tuple(checks),
         notes=_notes(job.precision),
     )
@@ -123,8 +126,8 @@ def layers(job: Job) -> Layers:
 
 def prepared(model: onnx.ModelProto, job: Job, work: Path) -> onnx.ModelProto:
     """For one row, without free axes, and without what the NPU lacks and others have under another name."""
-    found = _plain_gathers(graphs.settled(model, work, job.inputs))
-    return precision.tamed(_plain_sigmoids(found) if job.precision == "fp16" else found)
+    found = _plain_gathers(settled(model, work, job.inputs))
+    return tamed(_plain_sigmoids(found) if job.precision == "fp16" else found)
 
 
 def _plain_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -210,12 +213,12 @@ class _NoRows(CalibrationDataReader):  # type: ignore[misc]  # the library has n
 
 
 def _paired(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
-    bits = job.options.get("activations") or (16 if precision.attends(model) else 8)
+    bits = job.options.get("activations") or (16 if is_transformer(model) else 8)
     if bits not in (8, 16):
         raise UsageError(f"activations is {bits!r}", hint="8 or 16")
     notes.append(f"activations of {bits} bits")
     wide = QuantType.QUInt16 if bits == 16 else QuantType.QUInt8
-    seen = precision.observed(model, precision.computed(model), calibration(job, model), work, job.threads)
+    seen = observed(model, computed(model), calibration(job, model), work, job.threads)
     config = get_qnn_qdq_config(
         model,
         _NoRows(),
@@ -224,9 +227,9 @@ def _paired(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> o
         per_channel=True,
         init_overrides=_overrides(model, wide),
     )
-    return precision.paired(
+    return paired(
         model,
-        precision.ranges(seen, bits, symmetric=False, whole=precision.attends(model)),
+        ranges(seen, bits, symmetric=False, whole=is_transformer(model)),
         activations=config.activation_type,
         weights=config.weight_type,
         ops=config.op_types_to_quantize,

@@ -18,7 +18,7 @@ from edgewise.export.work.job import Array
 VECTORS: Final = 256  # of each input that the search takes, over all rows
 SHARES: Final = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)  # of the spread that goes to the matrix
 SMALLEST: Final = 1e-5
-GAINS: Final = 0.8  # of the squared error may be left, else the factors are not worth an operator
+GAINS: Final = 0.5  # of the squared error may be left, else the factors are not worth an operator
 
 
 class Channels:

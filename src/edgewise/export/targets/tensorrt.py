@@ -26,11 +26,15 @@ import tensorrt_rtx_bindings as trt
 
 from edgewise.errors import ExportError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.targets import onnx_graph as graphs
-from edgewise.export.targets import onnx_precision as precision
 from edgewise.export.targets import tensorrt_gpu
-from edgewise.export.targets.onnx import calibration
+from edgewise.export.targets.onnx_half import halved
+from edgewise.export.targets.onnx_int8 import centred, paired, ranges
 from edgewise.export.targets.onnx_mixed import BY_CHOICE, floating_by_choice, mixed
+from edgewise.export.targets.onnx_observe import observed
+from edgewise.export.targets.onnx_products import is_transformer, with_weights, without_weights
+from edgewise.export.targets.onnx_rewrite import folded, settled, tamed
 from edgewise.export.targets.onnx_smooth import smoothed
+from edgewise.export.targets.onnx_typed import calibration
 from edgewise.export.work.job import (
     Array,
     Check,
@@ -117,7 +121,7 @@ def prove(job: Job) -> Proved:
         checks.append(Check("engine precision", not skipped, detail))
         if chosen:
             notes.append(f"{len(chosen)} more: each {BY_CHOICE}")
-        if floating := sum(node.op_type not in INT8_OPS for node in precision.with_weights(model)):
+        if floating := sum(node.op_type not in INT8_OPS for node in with_weights(model)):
             notes.append(
                 f"{floating} transposed convolutions compute in floating point: TensorRT-RTX has no int8 for them"
             )
@@ -170,15 +174,15 @@ def layers(job: Job) -> Layers:
 def _parsable(job: Job, work: Path) -> tuple[onnx.ModelProto, list[str]]:
     """The hub with its free first axis if TensorRT takes that, else for one row. UnsupportedModel if neither."""
     hub = graphs.load(job.hub)
-    model = graphs.folded(hub, work)
+    model = folded(hub, work)
     graphs.save(model, work / "parse.onnx")
     if not (refused := _unsupported(work / "parse.onnx")):
-        return precision.tamed(model), []
+        return tamed(model), []
     if graphs.first_axis(model) is None:
-        model = graphs.settled(hub, work, job.inputs)
+        model = settled(hub, work, job.inputs)
         graphs.save(model, work / "parse.onnx")
         if not _unsupported(work / "parse.onnx"):
-            return precision.tamed(model), [f"for one row at a time: with a free first axis, it has no {refused[0].op}"]
+            return tamed(model), [f"for one row at a time: with a free first axis, it has no {refused[0].op}"]
     found = "; ".join(f"{one.op} {one.why}" for one in refused[:3])
     raise UnsupportedModel(
         f"TensorRT has no {found}", hint="replace that in the network, or compute it before or after it"
@@ -190,7 +194,7 @@ def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> on
         return model
     rows = calibration(job, model)
     if job.precision == "fp16":
-        half, kept = precision.halved(model, rows, work, job.threads)
+        half, kept = halved(model, rows, work, job.threads)
         if kept:
             notes.append(f"{len(kept)} nodes stay float32, as half precision may not hold what they compute")
         return half
@@ -198,25 +202,25 @@ def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> on
         raise UsageError(f"TensorRT has no {job.precision} here", hint="ask for fp32, fp16 or int8")
     from onnxruntime.quantization import QuantType
 
-    attends = precision.attends(model)
+    attends = is_transformer(model)
     model = smoothed(model, rows, work, job.threads) if attends else model
     weighty = _rounded(model)
-    seen = precision.observed(model, [node.input[0] for node in weighty], rows, work, job.threads)
+    seen = observed(model, [node.input[0] for node in weighty], rows, work, job.threads)
 
     def pair(floating: Sequence[str]) -> onnx.ModelProto:
-        whole, moved = precision.centred(model, seen, floating) if attends else (model, {})
-        return precision.paired(
+        whole, moved = centred(model, seen, floating) if attends else (model, {})
+        return paired(
             whole,
-            precision.ranges(seen, 8, symmetric=True, whole=attends) | moved,
+            ranges(seen, 8, symmetric=True, whole=attends) | moved,
             activations=QuantType.QInt8,
             weights=QuantType.QInt8,
             ops=INT8_OPS,
-            leave=[*precision.without_weights(model), *floating],
+            leave=[*without_weights(model), *floating],
+            apart=True,
             extra={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,  # TensorRT refuses int32
-                "DedicatedQDQPair": attends,  # else what is added to the same tensor would be rounded with it
                 "OpTypesToExcludeOutputQuantization": list(INT8_OPS),  # what follows wants to be exact
             },
         )
@@ -228,7 +232,7 @@ def _typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> on
 
 def _rounded(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Those that int8 is for."""
-    return [node for node in precision.with_weights(model) if node.op_type in INT8_OPS]
+    return [node for node in with_weights(model) if node.op_type in INT8_OPS]
 
 
 def _unsupported(graph: str | Path) -> list[Fallback]:
