@@ -14,7 +14,7 @@ demo: .venv/.demo
 	$(BIN)/python demo/run.py "$(PROMPTS)"
 
 test: .venv/.dev $(EXPORTED)
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from edgewise.devices.catalogue import shipped
 from edgewise.errors import OverBudget
 from edgewise.export.deploy import as_model
-from edgewise.export.order import Asked, exported_as
+from edgewise.export.order import Asked, exported_as, found
 from edgewise.export.preset import chosen, memory_note, read
-from edgewise.export.sources.model import Language, resolved
+from edgewise.export.sources.model import Language
 from edgewise.settings import load
 
 Show = Callable[[str, int, int], None]
@@ -23,8 +23,11 @@ def optimized(
 ) -> dict[str, Any]:
     """The report of an export (docs/export.md) by a preset, with `platform`, `backend`, and `precision` and `path` of
     the first artifact that was let through."""
-    source = resolved(asked.model, home, show, task=asked.task, shapes=asked.shapes, max_tokens=asked.max_tokens)
-    choice = chosen(read(platform), shipped(), device, backend, language=isinstance(source, Language))
+    preset = read(platform)
+    if device is not None:
+        shipped().find(device)
+    source = found(asked, home, show)
+    choice = chosen(preset, shipped(), device, backend, language=isinstance(source, Language))
     facts = exported_as(source, choice.wanted, asked, home, show)
     best = next((key for key, one in facts["targets"].items() if one["status"] == "ok"), None)
     first = choice.wanted[0].key if best is None else best
@@ -99,13 +102,13 @@ class EdgeToolchain:
                 strict=strict,
             )
             home = load().settings.home
-            found = optimized(asked, platform, home, device=device, backend=backend, show=lambda *_: None)
-        for one in found["warnings"]:
+            facts = optimized(asked, platform, home, device=device, backend=backend, show=lambda *_: None)
+        for one in facts["warnings"]:
             warnings.warn(one, DeprecationWarning if "deprecated" in one else UserWarning, stacklevel=2)
-        if found["path"] is None:
-            said = [f"{key}: {_why(one)}" for key, one in found["targets"].items()]
+        if facts["path"] is None:
+            said = [f"{key}: {_why(one)}" for key, one in facts["targets"].items()]
             raise OverBudget("; ".join(said), hint=f"see {asked.output / 'report.html'}")
-        return found
+        return facts
 
 
 def platform_name(platform: str) -> str:

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from edgewise.errors import EdgewiseError
 from edgewise.export.sources import torch_source
-from edgewise.export.targets import coreml, coreml_convert
-from edgewise.export.targets.coreml_weights import read_package
-from edgewise.export.targets.mil import Interpreter
+from edgewise.export.targets.coreml import from_torch
+from edgewise.export.targets.coreml import target as coreml
+from edgewise.export.targets.coreml.mil import Interpreter
+from edgewise.export.targets.coreml.weights import read_package
 from edgewise.export.work.job import Job, Source
 
 SHAPES = {
@@ -40,6 +41,8 @@ SOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn int8": ("cnn", {"precision": "int8"}),
     "cnn blocks": ("cnn", {"precision": "int4", "options": {"block": 8}}),
     "cnn palette": ("cnn", {"precision": "int4", "options": {"palettize": 4}}),
+    "cnn groups": ("cnn", {"precision": "int4", "options": {"palettize": 4, "group": 8}}),
+    "encoder palette": ("encoder", {"precision": "int8", "options": {"palettize": 6}}),
     "encoder fp16": ("encoder", {"precision": "fp16"}),
     "mlp free": ("mlp", {"precision": "fp16", "options": {"dynamic_batch": True}}),
     "convs fp16": ("convs", {"precision": "fp16"}),
@@ -96,6 +99,7 @@ class Wild(nn.Module):
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
+    _once_each()
     jobs = {name: _begun(directory, name) for name in SHAPES}
     answers: dict[str, Any] = {}
     made: dict[str, tuple[Job, Path]] = {}
@@ -104,6 +108,8 @@ def main(directory: Path) -> None:
         answers[name] = {"converted": (converted := _said(coreml.convert, job))}
         made[name] = (job, Path(converted["artifact"]))
         answers[name] |= _proved(*made[name])
+    plain = made["cnn fp32"][1]
+    answers["tables"] = {name: _tables(made[f"cnn {name}"][1], plain) for name in ("palette", "groups")}
     answers["faults"] = _faults(directory, made)
     answers["layers"] = _layers(*made["cnn fp16"])
     answers["refused"] = _refused(directory, jobs)
@@ -111,6 +117,29 @@ def main(directory: Path) -> None:
     answers["foreign"] = _foreign(directory, *made["cnn fp16"])
     answers["traced"] = _traced(directory, made["cnn fp16"][0])
     (directory / "answers.json").write_text(json.dumps(answers))
+
+
+def _once_each() -> None:
+    """Most steps here follow and convert the same few networks anew, to float32, as each would in its own process."""
+    programs: dict[Any, Any] = {}
+    models: dict[Any, Any] = {}
+    exported, converted = from_torch.exported, from_torch.converted
+
+    def followed(loaded: Any, *, dynamic_batch: bool = False) -> Any:
+        key = (type(loaded.module), dynamic_batch)
+        if key not in programs:
+            programs[key] = exported(loaded, dynamic_batch=dynamic_batch)
+        return programs[key]
+
+    def made(program: Any, loaded: Any, outputs: Any, *, half: bool, target: str) -> Any:
+        key = (id(program), tuple(outputs), target)
+        if half or program is None:
+            return converted(program, loaded, outputs, half=half, target=target)
+        if key not in models:
+            models[key] = converted(program, loaded, outputs, half=half, target=target)
+        return models[key]
+
+    from_torch.exported, from_torch.converted = followed, made
 
 
 def _begun(directory: Path, name: str) -> Job:
@@ -155,6 +184,18 @@ def _proved(job: Job, artifact: Path, **change: Any) -> dict[str, Any]:
     return {"proved": found, "away": float(np.abs(ours - theirs).max()), "shapes": [ours.shape, theirs.shape]}
 
 
+def _tables(artifact: Path, plain: Path) -> dict[str, Any]:
+    """How many each matrix has, and how far all weights are from those of the float32 program."""
+    ours, theirs = ([one for one in _weights(path) if one.value.ndim > 1] for path in (artifact, plain))
+    away = sum(float(np.square(a.value - b.value).sum()) for a, b in zip(ours, theirs, strict=True))
+    return {"tables": [len(one.palette) for one in ours], "away": away}
+
+
+def _weights(artifact: Path) -> list[Any]:
+    function = read_package(artifact).main
+    return [function.weight(op.inputs["weight"][0]) for op in function.ops if op.type in ("conv", "linear")]
+
+
 # Faults in a package that was sound
 
 
@@ -167,12 +208,15 @@ def _faults(directory: Path, made: dict[str, tuple[Job, Path]]) -> dict[str, Any
     nudged[3] *= np.float16(1.01)
     palette = read_package(made["cnn palette"][1]).main
     table = next(const.value for const in palette.consts.values() if const.kind.shape == (16,) and const.bytes)
+    groups = read_package(made["cnn groups"][1]).main
+    pair = next(const.value for const in groups.consts.values() if const.kind.shape == (2, 1, 1, 1, 16, 1))
     scales = read_package(made["cnn int8"][1]).main
     scale = next(const.value for const in scales.consts.values() if const.kind == type(const.kind)("float16", (10,)))
     edits: dict[str, tuple[str, Callable[[Path], None]]] = {
         "swapped": ("cnn fp16", lambda at: _replaced(at, filters, filters[:, ::-1])),
         "nudged": ("cnn fp16", lambda at: _replaced(at, bias, nudged)),
         "table": ("cnn palette", lambda at: _replaced(at, table, table + np.float16(0.02))),
+        "tables": ("cnn groups", lambda at: _replaced(at, pair, pair[::-1])),
         "scale": ("cnn int8", lambda at: _replaced(at, scale, scale * np.float16(1.1))),
         "short weights": ("cnn fp16", lambda at: _cut(next(at.rglob("weight.bin")))),
         "short program": ("cnn fp16", lambda at: _cut(next(at.rglob("*.mlmodel")))),
@@ -242,6 +286,8 @@ def _refused(directory: Path, jobs: dict[str, Job]) -> dict[str, Any]:
         "deciding": ("deciding", {"precision": "fp16"}),
         "dynamic int8": ("mlp", {"precision": "int8-dynamic"}),
         "blocks on iOS17": ("mlp", {"precision": "int4", "options": {"target": "iOS17"}}),
+        "groups on iOS17": ("mlp", {"precision": "int8", "options": {"palettize": 6, "group": 8, "target": "iOS17"}}),
+        "groups alone": ("mlp", {"precision": "int8", "options": {"group": 8}}),
         "five bits": ("mlp", {"precision": "int4", "options": {"palettize": 5}}),
         "iOS 3": ("mlp", {"precision": "fp16", "options": {"target": "iOS3"}}),
     }
@@ -261,9 +307,9 @@ def _wild() -> list[float]:
     """How far each output is from torch's, of the largest number in it."""
     module, x = Wild().eval(), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     loaded = torch_source.Loaded(module, (coreml.Tensor("x", (1, 4, 8, 8), "float32"),), (), "numbers")
-    model = coreml_convert.converted(coreml_convert.exported(loaded), loaded, (), half=False, target="iOS18")
+    model = from_torch.converted(from_torch.exported(loaded), loaded, (), half=False, target="iOS18")
     path = Path(sys.argv[1]) / "wild.mlpackage"
-    coreml_convert.saved(model, path)
+    from_torch.saved(model, path)
     ours = Interpreter(read_package(path).main).run({"x": x.numpy()})
     with torch.no_grad():
         theirs = [value.numpy() for value in module(x)]
@@ -275,7 +321,7 @@ def _foreign(directory: Path, job: Job, artifact: Path) -> dict[str, Any]:
     """A package of another hand: torch's older tracer, other names, float16 at the border."""
     import coremltools as ct
 
-    with coreml_convert.quiet(), torch.no_grad():
+    with from_torch.quiet(), torch.no_grad():
         model = ct.convert(
             torch.jit.trace(nets.cnn(), torch.rand(1, 3, 32, 32)),
             inputs=[ct.TensorType(name="photo", shape=(1, 3, 32, 32))],
@@ -283,7 +329,7 @@ def _foreign(directory: Path, job: Job, artifact: Path) -> dict[str, Any]:
             skip_model_load=True,
         )
     other = directory / "foreign.mlpackage"
-    coreml_convert.saved(model, other)
+    from_torch.saved(model, other)
     return _proved(job, other)
 
 
@@ -291,7 +337,7 @@ def _traced(directory: Path, job: Job) -> dict[str, Any]:
     """Where an exported program is no way in, as None is none, the older tracer is."""
     loaded = torch_source.load(job.source, job.inputs)
     other = directory / "traced.mlpackage"
-    coreml_convert.saved(coreml_convert.converted(None, loaded, job.outputs, half=True, target="iOS17"), other)
+    from_torch.saved(from_torch.converted(None, loaded, job.outputs, half=True, target="iOS17"), other)
     return _proved(job, other)
 
 

@@ -55,7 +55,7 @@ class Bench:
             job = replace(begin, inputs=found.inputs, outputs=found.outputs, target=self.target, **directories)
             if self.target != "onnx":
                 hub = replace(job, step="convert", work=str(work / "hub"), artifact=str(work / "hub" / "hub"))
-                job = replace(job, hub=converted_of(self._torch("convert", hub, "targets.onnx")).artifact)
+                job = replace(job, hub=converted_of(self._torch("convert", hub, "targets.onnx.target")).artifact)
             self._jobs[name] = job
         return self._jobs[name]
 
@@ -91,7 +91,7 @@ class Bench:
         self, step: Step, job: Job, work: str, artifact: str, precision: Precision, options: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         made = replace(job, step=step, work=work, artifact=artifact, precision=precision, options=options)
-        return (self._torch if self.target == "onnx" else self._worker)(step, made, f"targets.{self.target}")
+        return (self._torch if self.target == "onnx" else self._worker)(step, made, f"targets.{self.target}.target")
 
 
 @contextmanager

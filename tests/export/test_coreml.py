@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
+
+from edgewise.export.targets.coreml import palettes as coreml_palettes
 
 HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[1] / "src"
@@ -43,6 +46,7 @@ SOUND: Final = {  # how far outputs may be from the source's, and the weights' b
     "cnn int8": (1e-2, {"int8": 1166}),
     "cnn blocks": (0.1, {"int8": 640, "int4": 312}),
     "cnn palette": (0.1, {"uint4": 624}),
+    "cnn groups": (0.1, {"uint4": 752}),
     "encoder fp16": (2e-3, {"float16": 31744}),
     "mlp free": (2e-3, {"float16": 4352}),
     "convs fp16": (3e-3, {"float16": 1264}),
@@ -96,6 +100,57 @@ def test_layers_whose_channels_blocks_do_not_divide_are_int8_and_that_is_said(an
     assert "int8" in answers["cnn blocks"]["converted"]["notes"][0]
 
 
+def test_channels_share_tables_in_groups_that_divide_them(answers: Answers) -> None:
+    one, several = answers["tables"]["palette"], answers["tables"]["groups"]
+    assert one["tables"] == [1, 1, 1, 1]
+    assert several["tables"] == [2, 2, 2, 2]  # of 16 channels, and 10
+    assert several["away"] < 0.95 * one["away"]
+
+
+def test_the_smallest_matrices_are_spared(answers: Answers) -> None:
+    found = answers["encoder palette"]
+    assert refused(found) == {}
+    kept = 12 * 32 * 2  # the places of 12 tokens, which are added and multiply nothing
+    assert found["proved"]["weights"] == {"float16": kept, "int8": 1024 + 32 * 3, "uint6": 14464 * 6 // 8 + 4 * 64 * 2}
+    assert "of the smallest 1 are int8" in found["converted"]["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("channels", "group", "shared"), [(96, 32, 32), (24, 16, 12), (13, 4, 13), (8, 32, 8), (9, 0, 9)]
+)
+def test_as_many_channels_share_a_table_as_divide_all(channels: int, group: int, shared: int) -> None:
+    assert coreml_palettes.sharing(channels, group) == shared
+
+
+def test_what_is_spared_follows_from_sizes_alone() -> None:
+    spared = coreml_palettes.spared([9, 1, 80, 10, 900])
+    assert (spared.floating, spared.bytes) == (9, 80)
+    assert spared.takes(9, "float16")
+    assert spared.takes(80, "int8")
+    assert not spared.takes(10, "float16")
+    assert not spared.takes(900, "int8")
+
+
+def test_a_table_is_at_rest_and_better_than_even_steps() -> None:
+    weights = np.random.default_rng(2).standard_t(4, (40, 50))
+    table, at = coreml_palettes.tables(4)(weights)
+    flat = weights.reshape(-1)
+    assert np.array_equal(at, np.abs(flat[:, None] - table).argmin(1))
+    means = np.array([flat[at == n].mean() for n in range(16)])
+    assert np.abs(means - table).max() < 0.02
+    even = np.linspace(flat.min(), flat.max(), 16)
+    assert (
+        np.square(flat - table[at]).sum() < 0.5 * np.square(flat - even[np.abs(flat[:, None] - even).argmin(1)]).sum()
+    )
+
+
+def test_few_values_are_kept_as_they_are() -> None:
+    weights = np.array([[0.5, -1, 0.5], [2, 2, -1]], np.float16)
+    table, at = coreml_palettes.tables(4)(weights)
+    assert table.shape == (16,)
+    assert np.array_equal(table[at].reshape(2, 3), weights)
+
+
 def test_several_rows_at_once_are_tried_where_the_first_axis_is_free(answers: Answers) -> None:
     assert [one["ok"] for one in answers["mlp free"]["proved"]["checks"] if one["name"] == "batch"] == [True]
 
@@ -113,6 +168,7 @@ def test_an_overflow_of_half_precision_is_found_and_traced_to_its_operator(answe
         ("swapped", "source", "c1.weight"),
         ("nudged", "weights", "1 differ"),
         ("table", "weights", "palettized"),
+        ("tables", "weights", "palettized"),
         ("scale", "weights", "p_fc_weight"),
         ("padding", "weights", "pad of"),
         ("skipped", "precision", "not int8: "),
@@ -164,6 +220,8 @@ def test_layers_come_in_the_order_of_the_program(answers: Answers) -> None:
         ("deciding", "UnsupportedModel", "data-dependent", "torch.where"),
         ("dynamic int8", "UsageError", "int8-dynamic", "fp16"),
         ("blocks on iOS17", "UsageError", "iOS 18", "palettize"),
+        ("groups on iOS17", "UsageError", "iOS 18", "group=0"),
+        ("groups alone", "UsageError", "group=8", "palettize"),
         ("five bits", "UsageError", "palettize=5", "4, 6 or 8"),
         ("iOS 3", "UsageError", "iOS3", "iOS17"),
     ],

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import edgewise
-from edgewise.errors import EdgewiseError, UsageError
+import onnx_files
+from edgewise.errors import EdgewiseError, OverBudget, SourceError, UsageError
+from edgewise.export import preset
 from edgewise.export.deploy import EdgeDeployer, as_model
 
 MADE = Path(__file__).parents[2] / ".cache"
@@ -29,7 +31,7 @@ def test_the_platforms_of_the_guide() -> None:
 
 
 def test_onnx_has_the_guides_names(deployer: EdgeDeployer) -> None:
-    path = deployer.convert_to_onnx(nets.cnn(), (1, 3, 32, 32))
+    path = deployer.convert_to_onnx(nets.mlp())  # its shape is guessed from the first layer
     graph = onnx.load(path).graph
     assert [one.name for one in graph.input] == ["input"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch_size"
@@ -37,24 +39,43 @@ def test_onnx_has_the_guides_names(deployer: EdgeDeployer) -> None:
     assert deployer.report["targets"]["onnx"]["parity"]["rel_l2"] < 1e-4
 
 
-def test_core_ml_and_tensorrt(deployer: EdgeDeployer, export_python: Path) -> None:
-    assert deployer.convert_to_coreml(nets.mlp()).suffix == ".mlpackage"
+def test_core_ml_of_a_file(deployer: EdgeDeployer, export_python: Path, tmp_path: Path) -> None:
+    assert deployer.convert_to_coreml(onnx_files.cnn(tmp_path / "net.onnx")).suffix == ".mlpackage"
     assert deployer.report["targets"]["coreml"]["level"] == "spec-checked"
-    engine = deployer.convert_to_tensorrt(nets.mlp())
+
+
+def test_tflite_of_a_file(deployer: EdgeDeployer, export_python: Path, tmp_path: Path) -> None:
+    assert deployer.convert_to_tflite(onnx_files.cnn(tmp_path / "net.onnx")).read_bytes()[4:8] == b"TFL3"
+
+
+def test_tensorrt_of_a_file(deployer: EdgeDeployer, tmp_path: Path) -> None:
+    engine = deployer.convert_to_tensorrt(onnx_files.cnn(tmp_path / "net.onnx"))
     assert engine.suffix == ".engine"
     assert engine.with_suffix(".trtexec.sh").is_file()
 
 
-def test_a_module_goes_to_tflite_and_a_preset(deployer: EdgeDeployer, export_python: Path, tmp_path: Path) -> None:
-    path = deployer.convert_to_tflite(nets.mlp())  # its shape is guessed from the first layer
-    assert path.read_bytes()[4:8] == b"TFL3"
+def test_what_a_target_raises_is_raised(deployer: EdgeDeployer, tmp_path: Path) -> None:
+    net = onnx_files.cnn(tmp_path / "net.onnx")
+    (tmp_path / "cut.onnx").write_bytes(net.read_bytes()[:300])
+    with pytest.raises(SourceError, match="is damaged"):
+        deployer.convert_to_onnx(net, checked=tmp_path / "cut.onnx")
+
+
+def test_a_platform_and_its_deprecated_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a copy of `android` for this machine's runtime: what the targets do, their own tests say."""
+    mine = (preset.PRESETS / "android.toml").read_text().replace('"litert"', '"onnx"', 1)
+    (tmp_path / "mine.toml").write_text(mine)
+    net = onnx_files.cnn(tmp_path / "net.onnx")
     chain = edgewise.EdgeToolchain(tmp_path / "optimized")
     with pytest.warns(DeprecationWarning, match="Android 15"):
-        answer = chain.optimize_for_edge(nets.mlp(), "android", backend="nnapi")
+        answer = chain.optimize_for_edge(net, str(tmp_path / "mine.toml"), backend="nnapi")
     assert (answer["backend"], answer["precision"]) == ("nnapi", "fp16")
+    assert Path(answer["path"]) == tmp_path / "optimized" / "mine" / "onnx" / "net.onnx"
     assert Path(answer["path"]).is_file()
-    answer = chain.optimize_for_edge(nets.mlp(), "embedded")
-    assert (answer["backend"], answer["precision"]) == ("xnnpack", "int8")
+    (tmp_path / "mine.toml").write_text(mine.replace("fp16", "int4", 1))
+    data = onnx_files.images(tmp_path / "images.npz")
+    with pytest.raises(OverBudget, match="onnx: drop: top-1 accuracy"):
+        chain.optimize_for_edge(net, str(tmp_path / "mine.toml"), inputs=data, max_drop=0, strict=True)
 
 
 def test_a_shape_that_does_not_fit_and_one_that_nobody_knows(deployer: EdgeDeployer) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from edgewise.export.options import OPTIONS
 from edgewise.export.proof.hints import LINTS, WAYS, Seen, for_artifact, with_hints
-from edgewise.export.wanted import OPTIONS, PRECISIONS_OF
+from edgewise.export.wanted import PRECISIONS_OF
 from edgewise.export.work.job import Coverage, Fallback, Precision, Tensor
 
 IMAGE = Tensor("image", (1, 3, 32, 32), "float32")
@@ -93,7 +94,7 @@ def test_the_tables_name_only_what_there_is() -> None:
         assert one.target in PRECISIONS_OF
         own = [precision for precision in one.precisions if precision in PRECISIONS_OF[one.target]]
         assert own, one
-        for option in OPTIONS["litert"] + OPTIONS["coreml"]:
+        for option in (*OPTIONS["litert"], *OPTIONS["coreml"]):
             if f"{option}=" in one.hint:
                 assert option in OPTIONS[one.target], one
 

@@ -33,7 +33,7 @@ from edgewise.export.work.job import (
 HERE: Final = Path(__file__).parent
 OWN: Final = """
 import contextlib
-from edgewise.export.targets import litert_convert
+from edgewise.export.targets.litert import from_torch as litert_convert
 from ai_edge_quantizer import quantizer, recipe
 def make_static(job):
     "A foreign file: every input and output in int8, as ai-edge-quantizer makes it by itself."
@@ -203,7 +203,7 @@ DATA: Final[Mapping[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bench(export_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    worker = Worker(export_python, "targets.litert", OWN)
+    worker = Worker(export_python, "targets.litert.target", OWN)
     yield Bench(worker, tmp_path_factory.mktemp("litert"))
     worker.close()
 

@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from torch.nn import functional as F  # noqa: E402
 
 from edgewise.errors import SourceError, UnsupportedModel  # noqa: E402
-from edgewise.export.targets.coreml_weights import Const, Function, Kind, Op, unpacked  # noqa: E402
-from edgewise.export.targets.mil import Interpreter, unknown_ops  # noqa: E402
+from edgewise.export.targets.coreml.mil import Interpreter, unknown_ops  # noqa: E402
+from edgewise.export.targets.coreml.weights import Const, Function, Kind, Op, unpacked  # noqa: E402
 
 Array = npt.NDArray[Any]
 DRAW = np.random.default_rng(11)

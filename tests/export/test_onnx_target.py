@@ -171,7 +171,7 @@ def test_layers_have_names_and_a_row_for_each_that_was_asked_for(onnx_bench: Ben
 
 def test_a_layer_that_has_the_name_of_an_output_gets_another() -> None:
     """torch calls tensors after operators: of a text encoder, `embedding` is one near its beginning."""
-    targets = pytest.importorskip("edgewise.export.targets.onnx")
+    targets = pytest.importorskip("edgewise.export.targets.onnx.target")
     ports = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("x", "div")]
     nodes = [helper.make_node("Relu", ["x"], ["embedding"]), helper.make_node("Abs", ["embedding"], ["div"])]
     graph = helper.make_graph(nodes, "g", ports[:1], ports[1:])

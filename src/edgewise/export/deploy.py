@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from edgewise.errors import OverBudget, UnsupportedModel, UsageError
+from edgewise import errors
+from edgewise.errors import EdgewiseError, ExportError, OverBudget, UnsupportedModel, UsageError
 from edgewise.export.order import Asked, exported
 from edgewise.settings import load
 
@@ -81,7 +82,7 @@ class EdgeDeployer:
             self.report = exported(asked, load().settings.home)
         one = self.report["targets"][target]
         if one["status"] == "failed":
-            raise UnsupportedModel(one["error"]["message"], hint=one["error"]["hint"])
+            raise _as_raised(one["error"])
         if one["status"] == "refused":
             why = "; ".join(check["detail"] for check in one["checks"] if not check["ok"])
             raise OverBudget(f"the {target} artifact was refused: {why}", hint=f"see {self.output / 'report.html'}")
@@ -162,6 +163,14 @@ def _guessed(first: torch.nn.Module) -> tuple[int, ...] | None:
             return (1, GUESSED_TOKENS)
         case _:
             return None
+
+
+def _as_raised(error: Mapping[str, Any]) -> EdgewiseError:
+    """What a target raised, as the report keeps it."""
+    kind: type[EdgewiseError] = getattr(errors, error["kind"], ExportError)
+    if kind.__init__ is not EdgewiseError.__init__:  # wants more than its words
+        kind = ExportError
+    return kind(error["message"], hint=error["hint"])
 
 
 def _is_language(name: str) -> bool:

@@ -12,7 +12,8 @@ import msgspec
 
 from edgewise.devices.catalogue import Catalogue, Device
 from edgewise.errors import UsageError
-from edgewise.export.wanted import LANGUAGE_PRECISIONS, OPTIONS, PRECISIONS_OF, Wanted
+from edgewise.export.options import LANGUAGE_OPTIONS, OPTIONS, check
+from edgewise.export.wanted import LANGUAGE_PRECISIONS, PRECISIONS_OF, Wanted
 from edgewise.export.work.job import Precision
 
 PRESETS: Final = Path(__file__).with_name("presets")
@@ -80,8 +81,10 @@ def read(name: str) -> Preset:
 def chosen(
     preset: Preset, catalogue: Catalogue, device: str | None, backend: str | None, *, language: bool = False
 ) -> Choice:
-    """UsageError for a device that the catalogue does not have and for a backend that the preset does not."""
+    """UsageError for a device that the catalogue does not have, for a backend that the preset does not, and where
+    nothing is left to make."""
     id = None if device is None else catalogue.find(device)[0]
+    _check_devices(preset, catalogue)
     found = [one for one in preset.artifacts if one.devices is None or id in one.devices]
     if language:
         found = [one for one in found if one.target in LANGUAGE_PRECISIONS]
@@ -89,7 +92,12 @@ def chosen(
     if backend is not None and backend not in known | set(preset.backends):
         raise UsageError(
             f"{preset.platform} has no backend {backend!r}" + (f" on {id}" if id else ""),
-            hint=f"it has {', '.join(sorted(known | set(preset.backends)))}",
+            hint=_backend_hint(preset, backend, sorted(known | set(preset.backends))),
+        )
+    if not found:
+        raise UsageError(
+            f"{preset.platform} makes nothing of {'a language' if language else 'this'} model for {id or 'no device'}",
+            hint=f"give --device: {', '.join(sorted(_devices(preset)))}" if _devices(preset) else "take another preset",
         )
     if backend in known:
         found = [one for one in found if one.backend == backend]
@@ -100,6 +108,27 @@ def chosen(
         w.key: backend if backend in preset.backends else one.backend for w, one in zip(wanted, found, strict=True)
     }
     return Choice(preset, tuple(wanted), names, preset.backends.get(backend or ""))
+
+
+def _devices(preset: Preset) -> set[str]:
+    return {id for one in preset.artifacts for id in one.devices or ()}
+
+
+def _check_devices(preset: Preset, catalogue: Catalogue) -> None:
+    for id in sorted(_devices(preset)):
+        try:
+            name = catalogue.find(id)[0]
+        except UsageError as e:
+            raise UsageError(f"the preset {preset.platform} is for {id!r}: {e.message}", hint=e.hint) from e
+        if name != id:
+            raise UsageError(f"the preset {preset.platform} is for {id!r}", hint=f"the catalogue calls it {name}")
+
+
+def _backend_hint(preset: Preset, backend: str, known: list[str]) -> str:
+    devices = sorted(id for one in preset.artifacts if one.backend == backend for id in one.devices or ())
+    return f"it has {', '.join(known) or 'none'}" + (
+        f"; {backend} with --device {', '.join(devices)}" if devices else ""
+    )
 
 
 def memory_note(device: Device, size_bytes: int) -> str | None:
@@ -114,11 +143,13 @@ def memory_note(device: Device, size_bytes: int) -> str | None:
 
 
 def _wanted(artifact: Artifact, device: str | None, *, language: bool) -> Wanted:
-    own = (artifact.devices or {}).get(device or "", {})
-    precision = artifact.precision
-    if language and precision not in LANGUAGE_PRECISIONS[artifact.target]:
-        precision = LANGUAGE_PRECISIONS[artifact.target][0]
-    return Wanted(artifact.target, artifact.target, precision, {**artifact.options, **own})
+    """With those of the options that this kind of model has."""
+    target, precision = artifact.target, artifact.precision
+    if language and precision not in LANGUAGE_PRECISIONS[target]:
+        precision = LANGUAGE_PRECISIONS[target][0]
+    given = {**artifact.options, **(artifact.devices or {}).get(device or "", {})}
+    known = (LANGUAGE_OPTIONS if language else OPTIONS)[target]
+    return Wanted(target, target, precision, {key: value for key, value in given.items() if key in known})
 
 
 def _check(path: Path, preset: Preset) -> None:
@@ -129,13 +160,13 @@ def _check(path: Path, preset: Preset) -> None:
     targets = [one.target for one in preset.artifacts]
     for one in preset.artifacts:
         if one.target not in PRECISIONS_OF or one.precision not in PRECISIONS_OF[one.target]:
-            known = "; ".join(f"{name}: {', '.join(some)}" for name, some in PRECISIONS_OF.items())
-            raise UsageError(f"{path} asks for {one.target} {one.precision}", hint=f"there are {known}")
-        options = {**one.options, **{key: 0 for own in (one.devices or {}).values() for key in own}}
-        if unknown := set(options) - set(OPTIONS[one.target]):
-            raise UsageError(
-                f"{path}: {one.target} has no option {', '.join(sorted(unknown))}",
-                hint=f"it has {', '.join(OPTIONS[one.target])}",
-            )
+            allowed = "; ".join(f"{name}: {', '.join(some)}" for name, some in PRECISIONS_OF.items())
+            raise UsageError(f"{path} asks for {one.target} {one.precision}", hint=f"there are {allowed}")
+        known = {**LANGUAGE_OPTIONS.get(one.target, {}), **OPTIONS[one.target]}
+        for given in (one.options, *(one.devices or {}).values()):
+            try:
+                check(one.target, given, known)
+            except UsageError as e:
+                raise UsageError(f"{path}: {e.message}", hint=e.hint) from e
     if len(set(targets)) != len(targets):
         raise UsageError(f"{path} names a target twice", hint="make two presets of it")

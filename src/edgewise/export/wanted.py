@@ -21,18 +21,6 @@ LANGUAGE_PRECISIONS: Final[Mapping[str, tuple[Precision, ...]]] = {
     "litert": ("int8-dynamic", "fp32", "int4"),
     "coreml": ("fp16", "int8", "int4"),
 }
-OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {  # each explained in the target's own file
-    "onnx": ("dynamic", "input_name", "batch_name", "optimize", "reduce_range"),
-    "litert": ("layout", "dynamic_batch"),
-    "coreml": ("target", "palettize", "block", "dynamic_batch"),
-    "tensorrt": ("compute", "batches"),
-    "qnn": ("socs", "activations"),
-}
-LANGUAGE_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
-    "onnx": (),
-    "litert": ("recipe", "prefill", "cache"),
-    "coreml": ("palettize", "prefill", "cache"),
-}
 
 
 @dataclass(frozen=True, slots=True)

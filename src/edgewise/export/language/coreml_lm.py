@@ -5,7 +5,7 @@ states, of the same names in both. An application makes one state and gives it t
 a prompt by `prefill`, filled up with position -1 at the end, then calls `main` a token at a time.
 
 No Linux machine runs Core ML. What is proven is the file: its states, its weights against the source's, and what its
-program computes by our own reading of it (targets/mil.py).
+program computes by our own reading of it (targets/coreml/mil.py).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
 from edgewise.export.language.passages import Logits, Passage, passages_of
-from edgewise.export.targets.coreml_compare import Apart, apart
-from edgewise.export.targets.coreml_weights import Function, Package, Weight, read_package
-from edgewise.export.targets.mil import Interpreter, State, unknown_ops
+from edgewise.export.targets.coreml.compare import Apart, apart
+from edgewise.export.targets.coreml.mil import Interpreter, State, unknown_ops
+from edgewise.export.targets.coreml.weights import Function, Package, Weight, read_package
 from edgewise.export.work.job import (
     Check,
     Converted,

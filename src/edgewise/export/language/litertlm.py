@@ -21,8 +21,8 @@ import numpy as np
 from edgewise.errors import ExportError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.language import schema_shim
 from edgewise.export.language.passages import Logits, Passage, passages_of
-from edgewise.export.targets import litert_file
-from edgewise.export.targets.litert_coverage import coverage
+from edgewise.export.targets.litert.coverage import coverage
+from edgewise.export.targets.litert.file import File, Weight, skipped
 from edgewise.export.work.job import Check, Converted, Job, Precision, Proved, write_arrays
 
 RECIPES: Final[Mapping[Precision, str]] = {
@@ -120,7 +120,7 @@ def prove(job: Job) -> Proved:
     seconds: list[float] = []
     logits = {str(n): network.logits(passage, seconds) for n, passage in enumerate(passages)}
     write_arrays(work / "logits", logits)
-    held = litert_file.File(inner)
+    held = File(inner)
     checks = [
         Check("loads", True, f"{network.signatures}, a cache of {network.cache} positions"),
         _engine_check(job, file),
@@ -137,13 +137,13 @@ def prove(job: Job) -> Proved:
     )
 
 
-def _skipped(weights: Sequence[litert_file.Weight], job: Job) -> tuple[str, ...]:
+def _skipped(weights: Sequence[Weight], job: Job) -> tuple[str, ...]:
     """In int4 the vocabulary's tables may have 8 bits."""
     if job.precision != "int4":
-        return litert_file.skipped(weights, job.precision)
+        return skipped(weights, job.precision)
     tables = [one for one in weights if job.options["card"]["vocab"] in one.tensor.shape]
     layers = [one for one in weights if one not in tables]
-    return litert_file.skipped(layers, "int4") + litert_file.skipped(tables, "int8-dynamic")
+    return skipped(layers, "int4") + skipped(tables, "int8-dynamic")
 
 
 class Network:

@@ -22,7 +22,7 @@ from edgewise.export.sources.pieces import answers, of_one_row, task_of
 from edgewise.export.work.job import Array, Begun, Job, Layers, Source, Tensor, read_arrays, write_arrays
 
 if TYPE_CHECKING:
-    from edgewise.export.sources.torch_source import Loaded
+    from edgewise.export.sources.loaded import Loaded
 
 UNABLE: Final = ("NOT_IMPLEMENTED", "No Op registered", "Unknown opset", "under development", "is not a registered")
 APART: Final = ("external data", "should be stored in", "doesn't exist")  # what onnx says of weights beside the file
@@ -100,8 +100,8 @@ def layers(job: Job) -> Layers:
 
 def loaded(source: Source) -> Loaded:
     """The file as a torch module, for targets that begin at torch."""
+    from edgewise.export.sources.loaded import Loaded
     from edgewise.export.sources.onnx_torch import module_of
-    from edgewise.export.sources.torch_source import Loaded
 
     path = Path(source.ref)
     model = checked(path)

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +52,7 @@ def begin(job: Job) -> Begun:
     net = Net(job.source, job.threads)
     inputs = net.inputs(_shown(job))
     preprocessing = dict(job.options.get("preprocessing", {}))
-    rows = data.rows(job, inputs, preprocessing)
+    rows = _rows(job, inputs, preprocessing)
     work = Path(job.work)
     rows.write(work)
     reference = answers(net.run, rows.arrays, net.fixed, net.outputs)
@@ -268,6 +269,20 @@ def _shown(job: Job) -> dict[str, tuple[int, ...]]:
     if path.suffix.lower() != ".npz" or not path.is_file():
         return {}
     return {name: value.shape for name, value in data.npz(path).items() if name != data.LABELS}
+
+
+def _rows(job: Job, inputs: Sequence[Tensor], preprocessing: Mapping[str, Any]) -> data.Rows:
+    """Photos are read with their channels first, and TensorFlow's networks have them last."""
+    axes = inputs[0].shape
+    if not Path(job.data).is_dir() or not job.data or len(inputs) != 1 or len(axes) != 4 or axes[3] != 3:
+        return data.rows(job, inputs, preprocessing)
+    first = Tensor(inputs[0].name, (axes[0], axes[3], axes[1], axes[2]), inputs[0].dtype)
+    found = data.rows(job, [first] if None not in axes[1:] else inputs, preprocessing)
+    return replace(found, arrays=_channels_last(found.arrays), calibration=_channels_last(found.calibration))
+
+
+def _channels_last(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: np.ascontiguousarray(value.transpose(0, 2, 3, 1)) for name, value in arrays.items()}
 
 
 def _reached(graph: Any, given: set[str]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +23,7 @@ from torch import nn
 
 from edgewise.errors import EdgewiseError, SourceError, UnsupportedModel, UsageError
 from edgewise.export.sources import data
+from edgewise.export.sources.loaded import Loaded
 from edgewise.export.sources.pieces import task_of
 from edgewise.export.work.job import Begun, Job, Layers, Source, Task, Tensor, read_arrays, write_arrays
 
@@ -36,28 +36,6 @@ LITE_NORM: Final = {
 }  # (byte - 127) / 128, as these weights were trained
 LITE_BORDER: Final = 32  # pixels around the crop
 ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """`module` takes tensors in the order of `inputs` and gives a tensor or a tuple of them, named `outputs`. `example`
-    holds two rows of each input: with one, an exporter would take the batch for a constant."""
-
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[str, ...]
-    task: Task
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    tokenize: data.Tokenize | None = None
-
-    @property
-    def example(self) -> dict[str, torch.Tensor]:
-        return {one.name: _example(one, 2) for one in self.inputs}
-
-    @property
-    def one_row(self) -> tuple[torch.Tensor, ...]:
-        """For targets whose batch is one."""
-        return tuple(_example(one, 1) for one in self.inputs)
 
 
 def load(source: Source, inputs: Sequence[Tensor] = ()) -> Loaded:
@@ -390,14 +368,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as e:
         raise SourceError(f"{path} cannot be read: {e}", hint="a whole Hugging Face directory is needed") from e
-
-
-def _example(one: Tensor, rows: int) -> torch.Tensor:
-    shape = (rows, *(axis or 1 for axis in one.shape[1:]))
-    dtype = getattr(torch, one.dtype)
-    if dtype.is_floating_point:
-        return torch.rand(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    return torch.ones(shape, dtype=dtype)
 
 
 _LOADERS: Final = {

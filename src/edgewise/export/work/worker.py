@@ -29,7 +29,9 @@ SOURCES: Final = {
     "savedmodel": "edgewise.export.sources.saved_model",
     "language": "edgewise.export.language.reference",
 }
-TARGETS: Final = {name: f"edgewise.export.targets.{name}" for name in ("onnx", "litert", "coreml", "tensorrt", "qnn")}
+TARGETS: Final = {
+    name: f"edgewise.export.targets.{name}.target" for name in ("onnx", "litert", "coreml", "tensorrt", "qnn")
+}
 LANGUAGE_TARGETS: Final = {  # of sources of the kind `language`
     "litert": "edgewise.export.language.litertlm",
     "coreml": "edgewise.export.language.coreml_lm",

@@ -1,0 +1,87 @@
+"""What the tensors of an ONNX graph hold, seen on rows of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from edgewise.export.targets.onnx.graph import CPU, constants, graph_inputs, pieces, save, session_options
+from edgewise.export.work.job import Array
+
+SAMPLE: Final = 16384  # numbers of each tensor that its range is chosen by, over all rows
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a tensor held over the calibration rows: its ends, and some of its numbers."""
+
+    least: float
+    most: float
+    sample: Array
+
+
+def observed(
+    model: onnx.ModelProto, tensors: Collection[str], rows: Mapping[str, Array], work: Path, threads: int
+) -> dict[str, Seen]:
+    """Of the floating tensors among those, a row at a time."""
+    each = max(1, SAMPLE // len(next(iter(rows.values()))))
+    found: dict[str, list[Seen]] = {}
+
+    def look(name: str, value: Array) -> None:
+        found.setdefault(name, []).append(_seen(value, each))
+
+    watch(model, tensors, rows, work, threads, look)
+    return {name: _together(parts) for name, parts in found.items()}
+
+
+def watch(
+    model: onnx.ModelProto,
+    tensors: Collection[str],
+    rows: Mapping[str, Array],
+    work: Path,
+    threads: int,
+    look: Callable[[str, Array], None],
+) -> None:
+    """Shows each of those tensors for each row, if its numbers are floating."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    inputs = {one.name for one in graph_inputs(model)}
+    given = {one.name for one in wide.graph.output}
+    names = [name for name in dict.fromkeys(tensors) if name and name not in inputs]
+    wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+    save(wide, work / "observed.onnx")
+    options = session_options(threads, optimize=False)
+    session = ort.InferenceSession(str(work / "observed.onnx"), options, providers=CPU)
+    for _, piece in pieces(session, rows, 1):
+        values = dict(zip(names, session.run(names, piece), strict=True))
+        values |= {name: value for name, value in piece.items() if name in tensors}
+        for name, value in values.items():
+            if value.dtype.kind == "f" and value.size:
+                look(name, value)
+
+
+def all_tensors(model: onnx.ModelProto) -> list[str]:
+    return [name for node in model.graph.node for name in [*node.input, *node.output] if name]
+
+
+def computed(model: onnx.ModelProto) -> list[str]:
+    stored = constants(model)
+    return [name for name in all_tensors(model) if name not in stored]
+
+
+def _seen(value: Array, each: int) -> Seen:
+    flat = value.ravel()
+    # by chance: a stride that shares a factor with the shape would see the same channels again and again
+    places = np.random.default_rng(flat.size).integers(0, flat.size, each) if flat.size > each else slice(None)
+    return Seen(float(flat.min()), float(flat.max()), flat[places].astype(np.float32))
+
+
+def _together(parts: Sequence[Seen]) -> Seen:
+    sample = np.concatenate([one.sample for one in parts])
+    return Seen(min(one.least for one in parts), max(one.most for one in parts), sample)

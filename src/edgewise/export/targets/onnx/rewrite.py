@@ -1,0 +1,163 @@
+"""ONNX graphs written anew: simplified, with one fixed row, with masks that a narrow number type can hold, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import numpy_helper
+
+from edgewise.errors import UnsupportedModel
+from edgewise.export.targets.onnx.graph import (
+    CPU,
+    as_numpy,
+    first_axis,
+    graph_inputs,
+    makers,
+    save,
+    session_options,
+    unable,
+)
+from edgewise.export.work.job import Tensor
+
+MASKING: Final = {  # what a mask passes through before it is added to the scores of a softmax
+    "Add",
+    "Cast",
+    "Concat",
+    "Expand",
+    "Identity",
+    "Mul",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Sub",
+    "Unsqueeze",
+    "Where",
+}
+MASKED: Final = -1000.0  # below that, a number before a softmax is there to make a zero
+MASK: Final = -40.0  # makes one too (4e-18), and leaves room for the scores in a range of integers or halves
+
+
+def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def settled(model: onnx.ModelProto, work: Path, inputs: Sequence[Tensor]) -> onnx.ModelProto:
+    """For one row at a time, every shape fixed, and with nothing left to compute that does not depend on the inputs.
+
+    UnsupportedModel if an axis stays free."""
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    wanted = {one.name: one.shape for one in inputs}
+    for place, value in enumerate(graph_inputs(small)):
+        shape = wanted.get(value.name, inputs[place].shape if place < len(inputs) else ())
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.dim_value:
+                dim.dim_value = 1 if axis == 0 else (shape[axis] if axis < len(shape) else None) or 0
+            if not dim.dim_value:
+                raise UnsupportedModel(
+                    f"the input {value.name!r} has no fixed length along axis {axis}, and this target needs one",
+                    hint=f"say it: --shape {value.name}=1,… with a number for each axis",
+                )
+    for value in small.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del small.graph.value_info[:]
+    if first_axis(small) != 1:
+        raise UnsupportedModel(
+            f"the network takes {first_axis(small)} rows at once, and this target takes one",
+            hint="export it with a free first axis, or with one of length 1",
+        )
+    return folded(small, work)
+
+
+def folded(model: onnx.ModelProto, work: Path) -> onnx.ModelProto:
+    """As onnxruntime simplifies it, with standard operators alone."""
+    before, after = work / "fold-in.onnx", work / "fold-out.onnx"
+    save(model, before)
+    options = session_options(1, optimize=True)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(after)
+    try:
+        # its Gemm between two Reshapes would give layers other names and other shapes than the source has
+        ort.InferenceSession(str(before), options, providers=CPU, disabled_optimizers=["MatMulAddFusion"])
+    except Exception as e:
+        raise unable(e, "the network") from e
+    found = onnx.load(after)
+    used = {node.domain for node in found.graph.node} | {""}
+    kept = [one for one in found.opset_import if one.domain in used]
+    del found.opset_import[:]
+    found.opset_import.extend(kept)
+    return inferred(found)
+
+
+def tamed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which each node has a name, and masks before a softmax are no lower than they must be: the least number
+    of float32, added to scores, leaves no step for these in a range of integers, and overflows half precision."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for place, node in enumerate(copy.graph.node):
+        node.name = node.name or f"{node.op_type}_{place}"
+    made, stored = makers(copy), {one.name: one for one in copy.graph.initializer}
+    todo = [node.input[0] for node in copy.graph.node if node.op_type == "Softmax"]
+    seen: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in stored:
+            _raise(stored[name])
+        elif name in made and made[name].op_type in MASKING:
+            todo += made[name].input
+    return copy
+
+
+def _raise(one: onnx.TensorProto) -> None:
+    if one.data_type != onnx.TensorProto.FLOAT:
+        return
+    value = as_numpy(one)
+    if (value < MASKED).any():
+        one.CopyFrom(numpy_helper.from_array(np.where(value < MASKED, np.float32(MASK), value), one.name))
+
+
+def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With each node after those that it needs, as the format wants it; else in the order they have."""
+    waiting: dict[str, list[int]] = {}
+    made = makers(model)
+    nodes = list(model.graph.node)
+    needs = [{name for name in _taken(node) if name in made} for node in nodes]
+    for place, names in enumerate(needs):
+        for name in names:
+            waiting.setdefault(name, []).append(place)
+    ready = [place for place, names in enumerate(needs) if not names]
+    order: list[int] = []
+    for place in ready:  # which grows
+        order.append(place)
+        for name in nodes[place].output:
+            for other in waiting.get(name, ()):
+                needs[other].discard(name)
+                if not needs[other]:
+                    ready.append(other)
+    sorted_nodes = [nodes[place] for place in order]
+    del model.graph.node[:]
+    model.graph.node.extend(sorted_nodes)
+    return model
+
+
+def _taken(node: onnx.NodeProto) -> set[str]:
+    """Its inputs, and those of the graphs inside it."""
+    inner = [one.g for one in node.attribute if one.type == onnx.AttributeProto.GRAPH]
+    return set(node.input).union(*(_taken(one) for graph in inner for one in graph.node))
+
+
+def without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Less what is stored and no node takes."""
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
