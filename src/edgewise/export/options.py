@@ -97,6 +97,6 @@ def check(target: str, given: Mapping[str, Any], known: Mapping[str, Value]) -> 
     take."""
     for name, value in given.items():
         if name not in known:
-            raise UsageError(f"{target} has no option {name}", hint=f"it has {', '.join(known) or 'none'} here")
+            raise UsageError(f"{target} has no option {name}", hint=f"it has {', '.join(known) or 'none here'}")
         if not known[name].fits(value):
             raise UsageError(f"the option {target}.{name} is {value!r}", hint=f"give {known[name].words}")

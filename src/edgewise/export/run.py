@@ -187,9 +187,7 @@ class _Export:
         except EdgewiseError as e:
             result = Result.failed(wanted, e)
         result = replace(result, seconds=time.monotonic() - started)
-        if result.status == "failed" or self._order.checked is not None:
-            return result
-        return result.stored(place, self._order.output)
+        return result if self._order.checked is not None else result.stored(place, self._order.output)
 
     def _made(self, wanted: Wanted, place: Path) -> Converted:
         if self._order.checked is not None:

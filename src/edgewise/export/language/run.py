@@ -191,7 +191,7 @@ class _Export:
             carry(None, self._model.notices, place)
             result = self._judged(wanted, made)
         except EdgewiseError as e:
-            return replace(Result.failed(wanted, e), seconds=time.monotonic() - started)
+            result = Result.failed(wanted, e)
         return replace(result, seconds=time.monotonic() - started).stored(place, self._order.output)
 
     def _made(self, wanted: Wanted, place: Path) -> Converted:

@@ -45,12 +45,14 @@ class Result:
         return cls(wanted, "failed", error=error)
 
     def stored(self, place: Path, output: Path) -> Result:
-        """Moves the artifact's directory to where it belongs, `output` or `refused` in it; an older one of its name
-        gives way."""
+        """Moves the artifact's directory to where it belongs, `output` or `refused` in it. An older one of its name
+        gives way, also to a failure: it would pass for what the report is about."""
         output = output.absolute()
         home = output / ("refused" if self.status == "refused" else "") / place.name
         for old in (output / place.name, output / "refused" / place.name):
             shutil.rmtree(old, ignore_errors=True)
+        if self.status == "failed":
+            return self
         home.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(place, home)
         return self._moved(place, home)
@@ -144,7 +146,7 @@ def host() -> dict[str, Any]:
 
 
 def write(output: Path, facts: Mapping[str, Any], page: str) -> None:
-    """`report.json` and `report.html`; paths in them are relative to the directory."""
+    """`report.json` and `report.html`."""
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     for name, content in (("report.json", text), ("report.html", page)):
         part = output / f".{name}"
