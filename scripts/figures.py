@@ -14,7 +14,7 @@ PAGES = tuple(
     ROOT / "docs" / name
     for name in (
         *("performance.md", "planner.md", "joint.md", "split.md", "split_vision.md"),
-        *("distillation.md", "distillation_intents.md", "quantization.md"),
+        *("distillation.md", "distillation_intents.md", "quantization.md", "export.md"),
     )
 )
 RESULTS = ROOT / "benchmarks" / "results"
