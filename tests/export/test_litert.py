@@ -240,6 +240,7 @@ def test_channels_that_are_far_larger_than_others_are_made_alike_before_rounding
     plain, spiky = (bench.converted(f"nets:{name}", "int8").artifact for name in ("encoder", "spiky"))
     _, errors = bench.proved("nets:spiky", spiky, "int8")
     assert errors.max() < CLOSE["int8"]
+    assert b"_smoothed" in Path(spiky).read_bytes()
     assert Path(spiky).stat().st_size < Path(plain).stat().st_size * 1.2  # the old matrices are not in the file
 
 

@@ -105,3 +105,8 @@ def constant(file: File, op: Operator) -> bool:
 
 def has(file: File, name: str) -> bool:
     return any(op.name == name for op in file.operators)
+
+
+def attends(file: File) -> bool:
+    """Whether it is a transformer: it has products of two computed tensors."""
+    return any(op.name == "BATCH_MATMUL" and not constant(file, op) for op in file.operators)

@@ -9,8 +9,8 @@ import ai_edge_litert.schema_py_generated as schema
 import numpy as np
 from ai_edge_litert.tools import flatbuffer_utils
 
-from edgewise.export.targets.litert.file import File
-from edgewise.export.targets.litert.recipe import Calibration, constant
+from edgewise.export.targets.litert.file import File, Operator
+from edgewise.export.targets.litert.recipe import Calibration, attends, constant
 from edgewise.export.targets.litert.run import Watched
 from edgewise.export.targets.smooth import Channels
 from edgewise.export.work.job import Array
@@ -19,11 +19,11 @@ from edgewise.export.work.job import Array
 def smoothed(source: Path, calibration: Calibration) -> Path:
     """The file itself, or one beside it with a MUL before the products of a transformer that gain by it."""
     file = File(source)
-    if not any(op.name == "SOFTMAX" for op in file.operators):
+    if not attends(file):
         return source
     products: dict[int, list[int]] = {}
     for place, op in enumerate(file.operators):
-        if op.name == "FULLY_CONNECTED" and constant(file, op) and len(file.tensors[op.inputs[1]].shape) == 2:
+        if op.name == "FULLY_CONNECTED" and constant(file, op) and _by_channels(file, op):
             products.setdefault(op.inputs[0], []).append(place)
     channels = _seen(source, calibration, {file.tensors[n].name: n for n in products})
     model = flatbuffer_utils.read_model(str(source))
@@ -48,6 +48,12 @@ def smoothed(source: Path, calibration: Calibration) -> Path:
     changed = source.with_name("smoothed.tflite")
     flatbuffer_utils.write_model(model, str(changed))
     return changed
+
+
+def _by_channels(file: File, op: Operator) -> bool:
+    """Whether the last axis of its input is what the matrix takes: LiteRT flattens others on the way."""
+    given, matrix = (file.tensors[n] for n in op.inputs[:2])
+    return matrix.dtype == "float32" and given.shape[-1:] == matrix.shape[1:]
 
 
 def _seen(source: Path, calibration: Calibration, wanted: dict[str, int]) -> dict[int, Channels]:

@@ -28,6 +28,7 @@ from edgewise.export.targets.litert.recipe import (
     TABLE,
     Array,
     Calibration,
+    attends,
     constant,
     named,
     scope,
@@ -37,6 +38,7 @@ from edgewise.export.targets.litert.recipe import (
 from edgewise.export.targets.litert.run import Net, Watched, relative_l2
 from edgewise.export.targets.litert.smooth import smoothed
 from edgewise.export.targets.mixed import MAY_LOSE, MOST, fewest
+from edgewise.export.targets.ranges import SAMPLE, Seen, fitted, seen_of, together
 
 LOSES: Final = 0.05  # relative L2 of an activation's rounding to int8
 MEASURED: Final = 8  # rows on which that is taken
@@ -74,7 +76,7 @@ def static(source: Path, output: Path, calibration: Calibration) -> tuple[str, .
         raise UsageError("static int8 needs inputs to calibrate with", hint="give --calibration, or take int8-dynamic")
     source = smoothed(with_flat_biases(source), calibration)
     file = File(source)
-    found = _activations(source, calibration)
+    found = _activations(source, calibration, whole=attends(file))
     loose = _loose(file, found)
     expected = _outputs(source, calibration)
     recipes: dict[str, Callable[[Sequence[Operator]], Any]] = {
@@ -107,18 +109,21 @@ def _chosen(errors: Mapping[str, float]) -> str:
     return "products"
 
 
-def _activations(source: Path, calibration: Calibration) -> _Activations:
+def _activations(source: Path, calibration: Calibration, *, whole: bool) -> _Activations:
     watched = Watched(source, calibration.inputs, calibration.outputs, calibration.threads)
     count = len(calibration.rows[0])
-    ranges: dict[str, tuple[float, float]] = {}
+    parts: dict[str, list[Seen]] = {}
     for at in range(count):
         for name, value in _seen(watched, calibration.rows, at):
-            low, high = ranges.get(name, (0.0, 0.0))  # zero is in every range: padding is zero
-            ranges[name] = (min(low, float(value.min(initial=0))), max(high, float(value.max(initial=0))))
+            if value.size:
+                parts.setdefault(name, []).append(seen_of(value, max(1, SAMPLE // count)))
+    ranges = {name: fitted(together(some), 8, symmetric=False, whole=whole) for name, some in parts.items()}
     lost: dict[str, float] = {}
     held: dict[str, float] = {}
     for at in np.linspace(0, count - 1, min(MEASURED, count)).astype(int):
         for name, value in _seen(watched, calibration.rows, int(at)):
+            if name not in ranges:
+                continue
             lost[name] = lost.get(name, 0.0) + float(np.square(value - _rounded(value, *ranges[name])).sum())
             held[name] = held.get(name, 0.0) + float(np.square(value).sum())
     loss = {name: (lost[name] / held[name]) ** 0.5 if held[name] else 0.0 for name in lost}

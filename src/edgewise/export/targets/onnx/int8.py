@@ -15,15 +15,11 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from edgewise.export.targets.onnx.graph import as_numpy, attribute
-from edgewise.export.targets.onnx.observe import Seen
 from edgewise.export.targets.onnx.products import is_product
-from edgewise.export.targets.onnx.rewrite import inferred, ordered
+from edgewise.export.targets.onnx.rewrite import inferred, ordered, taken
+from edgewise.export.targets.ranges import Range, Seen, fitted
 from edgewise.export.work.job import Array
 
-Range = tuple[float, float]
-
-STEPS: Final = 32  # ranges that are tried
-NARROWEST: Final = 0.2  # of the whole range
 OFF_CENTRE: Final = 0.05  # of a range's width its middle may be away from zero
 
 logging.getLogger().setLevel(logging.ERROR)  # the quantizer warns at the root, of what is meant to be so
@@ -33,33 +29,8 @@ logging.getLogger().setLevel(logging.ERROR)  # the quantizer warns at the root, 
 
 
 def ranges(seen: Mapping[str, Seen], bits: int, *, symmetric: bool, whole: bool) -> dict[str, Range]:
-    """Of all tensors: the whole one, or the one in which rounding to so many bits costs the least squared error. In a
-    convolution's inputs a few large numbers are not worth coarse steps for all others; in a transformer's they are: the
-    cosine of all-MiniLM-L6-v2's embeddings is 0.87 with cut ranges, 0.988 with whole ones. All hold zero."""
-    return {name: _fitted(one, bits, symmetric=symmetric, whole=whole) for name, one in seen.items()}
-
-
-def _fitted(seen: Seen, bits: int, *, symmetric: bool, whole: bool) -> Range:
-    low, high = min(seen.least, 0.0), max(seen.most, 0.0)
-    if symmetric:
-        high = max(high, -low)
-        low = -high
-    if whole or bits > 8 or high == low:
-        return low, high
-    best = low, high
-    for ends in ((True, True),) if symmetric else ((True, True), (True, False), (False, True)):
-        tried = [
-            (best[0] * share if ends[0] else best[0], best[1] * share if ends[1] else best[1])
-            for share in np.linspace(1, NARROWEST, STEPS)
-        ]
-        best = min(tried, key=lambda one: _cost(seen.sample, one, bits))
-    return best
-
-
-def _cost(sample: Array, ends: Range, bits: int) -> float:
-    step = max(ends[1] - ends[0], 1e-12) / (2**bits - 1)
-    near = np.rint(np.clip(sample, *ends) / step) * step
-    return float(np.square(near - sample, dtype=np.float64).mean())
+    """Of all tensors."""
+    return {name: fitted(one, bits, symmetric=symmetric, whole=whole) for name, one in seen.items()}
 
 
 # Graphs
@@ -143,9 +114,9 @@ def centred(
             _store(copy, f"{name}_by", middle)
             copy.graph.node.append(helper.make_node("Sub", [node.input[0], f"{name}_by"], [name], f"{name}_sub"))
         axis = 1 if attribute(node, "transB", 0) else 0
-        taken = middle * _as_int8(as_numpy(stored[node.input[1]]), axis).sum(axis=axis, dtype=np.float64)
+        lost = middle * _as_int8(as_numpy(stored[node.input[1]]), axis).sum(axis=axis, dtype=np.float64)
         made = f"{node.output[0]}_uncentred"
-        _store(copy, f"{made}_by", taken.astype(np.float32))
+        _store(copy, f"{made}_by", lost.astype(np.float32))
         copy.graph.node.append(helper.make_node("Add", [made, f"{made}_by"], [node.output[0]], f"{made}_add"))
         node.input[0] = name
         node.output[0] = made
@@ -162,7 +133,7 @@ def with_small_tables(model: onnx.ModelProto) -> onnx.ModelProto:
     """Tables of embeddings in int8 with a scale for each row, which is read beside it: half of what a small encoder
     weighs. A pair around Gather would have onnxruntime make the whole table float32 again as it loads."""
     stored = {one.name: one for one in model.graph.initializer}
-    used = Counter(name for node in model.graph.node for name in node.input)
+    used = Counter(name for node in model.graph.node for name in taken(node))
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         table = stored.get(node.input[0]) if node.op_type == "Gather" and not attribute(node, "axis", 0) else None

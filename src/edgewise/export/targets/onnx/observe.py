@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Final
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 
 from edgewise.export.targets.onnx.graph import CPU, constants, graph_inputs, pieces, save, session_options
+from edgewise.export.targets.ranges import SAMPLE, Seen, seen_of, together
 from edgewise.export.work.job import Array
-
-SAMPLE: Final = 16384  # numbers of each tensor that its range is chosen by, over all rows
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a tensor held over the calibration rows: its ends, and some of its numbers."""
-
-    least: float
-    most: float
-    sample: Array
 
 
 def observed(
@@ -34,10 +21,10 @@ def observed(
     found: dict[str, list[Seen]] = {}
 
     def look(name: str, value: Array) -> None:
-        found.setdefault(name, []).append(_seen(value, each))
+        found.setdefault(name, []).append(seen_of(value, each))
 
     watch(model, tensors, rows, work, threads, look)
-    return {name: _together(parts) for name, parts in found.items()}
+    return {name: together(parts) for name, parts in found.items()}
 
 
 def watch(
@@ -73,15 +60,3 @@ def all_tensors(model: onnx.ModelProto) -> list[str]:
 def computed(model: onnx.ModelProto) -> list[str]:
     stored = constants(model)
     return [name for name in all_tensors(model) if name not in stored]
-
-
-def _seen(value: Array, each: int) -> Seen:
-    flat = value.ravel()
-    # by chance: a stride that shares a factor with the shape would see the same channels again and again
-    places = np.random.default_rng(flat.size).integers(0, flat.size, each) if flat.size > each else slice(None)
-    return Seen(float(flat.min()), float(flat.max()), flat[places].astype(np.float32))
-
-
-def _together(parts: Sequence[Seen]) -> Seen:
-    sample = np.concatenate([one.sample for one in parts])
-    return Seen(min(one.least for one in parts), max(one.most for one in parts), sample)

@@ -129,7 +129,7 @@ def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
     waiting: dict[str, list[int]] = {}
     made = makers(model)
     nodes = list(model.graph.node)
-    needs = [{name for name in _taken(node) if name in made} for node in nodes]
+    needs = [{name for name in taken(node) if name in made} for node in nodes]
     for place, names in enumerate(needs):
         for name in names:
             waiting.setdefault(name, []).append(place)
@@ -148,15 +148,15 @@ def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _taken(node: onnx.NodeProto) -> set[str]:
+def taken(node: onnx.NodeProto) -> set[str]:
     """Its inputs, and those of the graphs inside it."""
     inner = [one.g for one in node.attribute if one.type == onnx.AttributeProto.GRAPH]
-    return set(node.input).union(*(_taken(one) for graph in inner for one in graph.node))
+    return set(node.input).union(*(taken(one) for graph in inner for one in graph.node))
 
 
 def without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Less what is stored and no node takes."""
-    used = {name for node in model.graph.node for name in node.input}
+    """Less what is stored and no node takes, those of graphs inside nodes included."""
+    used = {one.name for one in model.graph.output}.union(*map(taken, model.graph.node))
     kept = [one for one in model.graph.initializer if one.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)

@@ -24,7 +24,7 @@ def smoothed(model: onnx.ModelProto, rows: Mapping[str, Array], work: Path, thre
     stored = {one.name: one for one in copy.graph.initializer}
     products: dict[str, list[onnx.NodeProto]] = {}
     for node in copy.graph.node:
-        if is_product(node, stored):
+        if is_product(node, stored) and stored[node.input[1]].data_type == onnx.TensorProto.FLOAT:
             products.setdefault(node.input[0], []).append(node)
     count = len(next(iter(rows.values())))
     channels = {name: Channels(count) for name in products}
