@@ -133,6 +133,7 @@ def test_what_is_interrupted_leaves_no_process_and_no_half_artifact(
         [*command, "--inputs", str(files / "images.npz"), "-o", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "edgewise: reading net\n"

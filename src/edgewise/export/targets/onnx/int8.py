@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -21,8 +22,6 @@ from edgewise.export.targets.ranges import Range, Seen, fitted
 from edgewise.export.work.job import Array
 
 OFF_CENTRE: Final = 0.05  # of a range's width its middle may be away from zero
-
-logging.getLogger().setLevel(logging.ERROR)  # the quantizer warns at the root, of what is meant to be so
 
 
 # Ranges
@@ -72,8 +71,21 @@ def paired(
         list(ops),
         dict(extra),
     )
-    quantizer.quantize_model()
+    with quiet():
+        quantizer.quantize_model()
     return ordered(quantizer.model.model)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """onnxruntime's quantizers warn at the root, of what is meant to be so."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
 
 
 def _set_apart(model: onnx.ModelProto, ranges: Mapping[str, Range], rounded: Collection[str]) -> dict[str, Range]:

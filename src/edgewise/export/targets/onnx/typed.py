@@ -18,7 +18,7 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.half import halved
-from edgewise.export.targets.onnx.int8 import paired, ranges, with_small_tables
+from edgewise.export.targets.onnx.int8 import paired, quiet, ranges, with_small_tables
 from edgewise.export.targets.onnx.mixed import mixed
 from edgewise.export.targets.onnx.observe import computed, observed
 from edgewise.export.targets.onnx.products import is_transformer, with_weights, without_weights
@@ -112,14 +112,15 @@ def _dynamic_int8(
     graphs.save(model, work / "float.onnx")
 
     def pair(floating: Sequence[str]) -> onnx.ModelProto:
-        quantize_dynamic(
-            work / "float.onnx",
-            work / "dynamic.onnx",
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=MATRICES,
-            nodes_to_exclude=list(floating),
-        )
+        with quiet():
+            quantize_dynamic(
+                work / "float.onnx",
+                work / "dynamic.onnx",
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=MATRICES,
+                nodes_to_exclude=list(floating),
+            )
         made: onnx.ModelProto = onnx.load(work / "dynamic.onnx")
         return made
 
