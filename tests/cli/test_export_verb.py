@@ -101,13 +101,14 @@ def test_what_is_refused_is_set_apart_and_gives_way(export: Cli, files: Path, tm
     assert done.out.splitlines()[1].endswith("onnx-int4/net.onnx")
 
 
-def test_what_no_export_has_made_is_never_replaced(export: Cli, files: Path, tmp_path: Path) -> None:
-    own = tmp_path / "onnx" / "own.txt"
-    own.parent.mkdir()
+@pytest.mark.parametrize("name", ["onnx/own.txt", "report.html"])
+def test_what_no_export_has_made_is_never_replaced(name: str, export: Cli, files: Path, tmp_path: Path) -> None:
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
     own.write_text("mine")
     done = export("export", files / "net.onnx", "--to", "onnx", "-o", tmp_path)
     assert done.code == 2
-    assert f"{own.parent} is there, and no export has made it" in done.err
+    assert f"{tmp_path / name.partition('/')[0]} is there, and no export has made it" in done.err
     assert own.read_text() == "mine"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edgewise.export.targets.mixed import fewest
+from edgewise.export.targets.ranges import seen_of
 from edgewise.export.targets.smooth import Channels
 
 
@@ -64,17 +65,26 @@ def test_channels_that_are_alike_are_left_alone() -> None:
     assert seen.factors([draw.standard_normal((48, 16)).astype(np.float32)]) is None
 
 
-def test_a_channel_that_is_always_zero_is_no_trouble() -> None:
+def test_a_channel_that_was_silent_is_not_made_loud() -> None:
+    """On other rows it may speak, and would then need a range of its own."""
     draw = np.random.default_rng(3)
-    seen = Channels(4)
-    for _ in range(4):
-        value = draw.standard_normal((20, 8)).astype(np.float32)
-        value[:, 2], value[:, 3] = 0, value[:, 3] * 100
+    seen = Channels(16)
+    for _ in range(16):
+        value = draw.standard_normal((20, 64)).astype(np.float32)
+        value[:, 2], value[:, 7], value[:, 3] = 0, value[:, 7] * 1e-4, value[:, 3] * 100
         seen.add(value)
-    matrix = draw.standard_normal((8, 4)).astype(np.float32)
+    matrix = draw.standard_normal((64, 16)).astype(np.float32)
     matrix[3] /= 100
     matrix[5] = 0
     by = seen.factors([matrix])
     assert by is not None
     assert np.isfinite(by).all()
-    assert (by > 0).all()
+    others = np.delete(by, [2, 3, 5, 7])
+    assert by[2] < 2 * others.max()
+    assert by[7] < 10 * others.max()
+
+
+def test_rows_are_sampled_at_places_of_their_own() -> None:
+    value = np.arange(100_000, dtype=np.float32)
+    first, second = (set(seen_of(value, 64, row).sample.tolist()) for row in (0, 1))
+    assert len(first & second) < 8

@@ -44,8 +44,8 @@ class EdgeDeployer:
     def convert_to_onnx(
         self, model: Any, input_shape: tuple[int, ...] | None = None, *, precision: str = "fp32", **more: Any
     ) -> Path:
-        """An .onnx whose one input is called `input` and whose first axis, `batch_size`, is free."""
-        names = {"input_name": "input", "batch_name": "batch_size"}
+        """An .onnx whose first axis, `batch_size`, is free; the one input of a torch module is called `input`."""
+        names = {"batch_name": "batch_size"} | ({"input_name": "input"} if hasattr(model, "forward") else {})
         return self._converted(model, "onnx", precision, input_shape, more, names)
 
     def convert_to_coreml(

@@ -48,7 +48,7 @@ def _batches(value: Any) -> bool:
 
 def _one_of(*allowed: str | int) -> Value:
     def fits(value: Any) -> bool:
-        return not isinstance(value, bool) and value in allowed
+        return any(type(value) is type(one) and value == one for one in allowed)
 
     return Value(f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}", fits)
 
@@ -59,7 +59,7 @@ NAMES: Final = Value('a name, or several: ["A", "B"]', _names)
 COUNT: Final = Value("a whole number above 0", _count)
 
 PALETTE: Final = _one_of(4, 6, 8)
-GROUP: Final = Value("a whole number, 0 for one table a matrix", lambda value: value == 0 or _count(value))
+GROUP: Final = Value("a whole number, 0 for one table a matrix", _count_or_none)
 
 Options = Mapping[str, Mapping[str, Value]]  # of each target; each is explained in the target's own file
 

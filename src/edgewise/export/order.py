@@ -75,7 +75,7 @@ def exported_as(
     known = LANGUAGE_OPTIONS if isinstance(source, Language) else OPTIONS
     wanted = _with_options(wanted, asked.options, known)
     gate = Gate(asked.max_drop, asked.strict)
-    with claimed(asked.output, wanted):
+    with claimed(asked.output, () if asked.checked else wanted):
         if isinstance(source, Language):
             facts = _of_language(source, wanted, asked, gate, home, show)
         else:

@@ -11,7 +11,7 @@ from typing import Final
 from edgewise.errors import StorageError, UsageError
 from edgewise.export.wanted import Wanted
 
-OURS: Final = ".edgewise-export"  # the directories that exports have made here, one a line
+OURS: Final = ".edgewise-export"  # what exports have made here, one a line
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def claimed(output: Path, wanted: Sequence[Wanted]) -> Iterator[None]:
     Afterwards, however it ended, what was made is known as ours."""
     _check_place(output)
     names = [one.key.replace(":", "-") for one in wanted]
-    places = [f"{above}{name}" for name in names for above in ("", "refused/")]
+    places = ["report.json", "report.html", *(f"{above}{name}" for name in names for above in ("", "refused/"))]
     before = [name for name in places if (output / name).exists()]
     ours = _ours(output)
     if foreign := [name for name in before if name not in ours]:
@@ -32,8 +32,8 @@ def claimed(output: Path, wanted: Sequence[Wanted]) -> Iterator[None]:
         yield
     finally:
         made = {name for name in places if (output / name).exists()}
-        if made - ours:
-            (output / OURS).write_text("".join(f"{name}\n" for name in sorted(ours | made)), encoding="utf-8")
+        if (now := ours - set(places) | made) != ours:
+            (output / OURS).write_text("".join(f"{name}\n" for name in sorted(now)), encoding="utf-8")
 
 
 def _ours(output: Path) -> set[str]:

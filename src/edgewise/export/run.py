@@ -193,7 +193,10 @@ class _Export:
         if self._order.checked is not None:
             path = self._order.checked.absolute()
             return Converted(str(path), (str(path),))
-        hub = self._hub if wanted.target in FROM_HUB else ""
+        free = wanted.target == "onnx" and "dynamic" in wanted.options  # which the hub is not, beyond its first axis
+        if free and self._source.kind == "onnx":
+            raise UsageError("onnx.dynamic is for what becomes ONNX here", hint="an ONNX file says itself what is free")
+        hub = self._hub if wanted.target in FROM_HUB and not free else ""
         if isinstance(hub, EdgewiseError):
             raise hub
         artifact = str(place / self._source.name)

@@ -26,11 +26,11 @@ class Seen:
     sample: Array
 
 
-def seen_of(value: Array, each: int) -> Seen:
-    """Of one row, with so many numbers for the sample."""
+def seen_of(value: Array, each: int, row: int) -> Seen:
+    """Of one row, by its number, with `each` numbers for the sample."""
     flat = value.ravel()
-    # by chance: a stride that shares a factor with the shape would see the same channels again and again
-    places = np.random.default_rng(flat.size).integers(0, flat.size, each) if flat.size > each else slice(None)
+    # by chance, and other ones in each row: else it would be the same channels and tokens again and again
+    places = np.random.default_rng((flat.size, row)).integers(0, flat.size, each) if flat.size > each else slice(None)
     return Seen(float(flat.min()), float(flat.max()), flat[places].astype(np.float32))
 
 

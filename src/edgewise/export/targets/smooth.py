@@ -15,9 +15,10 @@ import numpy as np
 
 from edgewise.export.work.job import Array
 
-VECTORS: Final = 256  # of each input that the search takes, over all rows
+VECTORS: Final = 512  # of each input that the search takes, over all rows
 SHARES: Final = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)  # of the spread that goes to the matrix
 SMALLEST: Final = 1e-5
+QUIET: Final = 0.1  # of the middle one's reach, below which a channel is not made louder any more
 GAINS: Final = 0.5  # of the squared error may be left, else the factors are not worth an operator
 
 
@@ -37,7 +38,8 @@ class Channels:
         low, high = flat.min(0), flat.max(0)
         self.least = low if self.least is None else np.minimum(self.least, low)
         self.most = high if self.most is None else np.maximum(self.most, high)
-        places = np.random.default_rng(len(flat)).integers(0, len(flat), min(self._each, len(flat)))
+        draw = np.random.default_rng((len(flat), len(self._samples)))  # other vectors in each row
+        places = draw.integers(0, len(flat), min(self._each, len(flat)))
         self._samples.append(flat[places])
 
     def factors(self, matrices: Sequence[Array]) -> Array | None:
@@ -46,7 +48,7 @@ class Channels:
         assert self.least is not None
         assert self.most is not None
         sample = np.concatenate(self._samples)
-        reach = np.maximum(np.maximum(self.most, -self.least), SMALLEST)
+        reach = _reach(np.maximum(self.most, -self.least))
         weight = np.maximum(np.max([np.abs(one).max(1) for one in matrices], axis=0), SMALLEST)
         exact = [sample @ one for one in matrices]
 
@@ -57,6 +59,13 @@ class Channels:
         tried = [_normal(weight ** (1 - share) / reach**share) for share in SHARES]
         best = min(tried, key=lost)
         return best if lost(best) < GAINS * lost(np.ones_like(best)) else None
+
+
+def _reach(most: Array) -> Array:
+    """As factors are taken from: a channel that was silent on these rows may speak on others."""
+    speak = most > SMALLEST
+    middle = float(np.median(most[speak])) if speak.any() else 1.0
+    return np.where(speak, np.maximum(most, QUIET * middle), middle)
 
 
 def _normal(factors: Array) -> Array:

@@ -98,7 +98,8 @@ def static(source: Path, output: Path, calibration: Calibration) -> tuple[str, .
         raise UnsupportedModel("its static int8 form gives no numbers, or cannot be run", hint="take int8-dynamic")
     chosen = _chosen(errors)
     if errors[chosen] > (most := MAY_LOSE[calibration.task]):
-        loose = fewest(_static_products(file), lambda kept: off(chosen, kept), most)
+        other = fewest(_static_products(file), lambda kept: off(chosen, kept), most)
+        loose = min((loose, other), key=lambda some: off(chosen, some))
     after = off(chosen, loose)
     return _static_notes(file, chosen, errors, after, loose)
 
@@ -116,7 +117,7 @@ def _activations(source: Path, calibration: Calibration, *, whole: bool) -> _Act
     for at in range(count):
         for name, value in _seen(watched, calibration.rows, at):
             if value.size:
-                parts.setdefault(name, []).append(seen_of(value, max(1, SAMPLE // count)))
+                parts.setdefault(name, []).append(seen_of(value, max(1, SAMPLE // count), at))
     ranges = {name: fitted(together(some), 8, symmetric=False, whole=whole) for name, some in parts.items()}
     lost: dict[str, float] = {}
     held: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -33,10 +33,10 @@ SUMMING: Final = [  # what adds up or raises numbers on the way, so that its inp
 
 
 def halved(
-    model: onnx.ModelProto, rows: Mapping[str, Array], work: Path, threads: int, *, also: Sequence[str] = ()
+    model: onnx.ModelProto, rows: Mapping[str, Array], work: Path, threads: int
 ) -> tuple[onnx.ModelProto, list[str]]:
     """In float16 between float32 inputs and outputs, and the names of nodes that stay float32 as what they compute may
-    not fit: seen on calibration rows, beside those that add up. `also` are more operators that stay."""
+    not fit: seen on calibration rows, beside those that add up."""
     named = tamed(model)
     seen = observed(named, computed(named), rows, work, threads)
     large = {name for name, one in seen.items() if max(-one.least, one.most) * HALF_ROOM > HALF_MOST}
@@ -45,20 +45,23 @@ def halved(
     half = convert_float_to_float16(
         named,
         keep_io_types=True,
-        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *SUMMING, *also],
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *SUMMING],
         node_block_list=blocked,
     )
     del half.graph.value_info[:]  # of before
-    return inferred(ordered(_direct(half))), blocked
+    own = {node.name for node in named.graph.node}
+    return inferred(ordered(_direct(half, own))), blocked
 
 
-def _direct(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the casts to half and back between two nodes that stay float32: what they are kept for would be lost."""
+def _direct(model: onnx.ModelProto, own: Collection[str]) -> onnx.ModelProto:
+    """Without the casts to half and back that were put between two nodes that stay float32: what they are kept for
+    would be lost. The network's `own` casts may come from integers, and stay."""
     made, stored = makers(model), constants(model)
     change = {}
     for node in model.graph.node:
         before = made.get(node.input[0]) if _casts_to(node, onnx.TensorProto.FLOAT) else None
-        if before is None or not _casts_to(before, onnx.TensorProto.FLOAT16) or before.input[0] in stored:
+        halves = before is not None and _casts_to(before, onnx.TensorProto.FLOAT16) and before.name not in own
+        if before is None or not halves or before.input[0] in stored:
             continue
         change[node.output[0]] = before.input[0]
     for node in model.graph.node:

@@ -21,7 +21,8 @@ def observed(
     found: dict[str, list[Seen]] = {}
 
     def look(name: str, value: Array) -> None:
-        found.setdefault(name, []).append(seen_of(value, each))
+        some = found.setdefault(name, [])
+        some.append(seen_of(value, each, len(some)))
 
     watch(model, tensors, rows, work, threads, look)
     return {name: together(parts) for name, parts in found.items()}
@@ -46,7 +47,7 @@ def watch(
     options = session_options(threads, optimize=False)
     session = ort.InferenceSession(str(work / "observed.onnx"), options, providers=CPU)
     for _, piece in pieces(session, rows, 1):
-        values = dict(zip(names, session.run(names, piece), strict=True))
+        values = dict(zip(names, session.run(names, piece), strict=True)) if names else {}  # none would mean all
         values |= {name: value for name, value in piece.items() if name in tensors}
         for name, value in values.items():
             if value.dtype.kind == "f" and value.size:

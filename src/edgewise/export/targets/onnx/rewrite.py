@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime as ort
 from onnx import numpy_helper
 
@@ -18,12 +20,14 @@ from edgewise.export.targets.onnx.graph import (
     first_axis,
     graph_inputs,
     makers,
+    plain,
     save,
     session_options,
     unable,
 )
 from edgewise.export.work.job import Tensor
 
+PER_CHANNEL: Final = 13  # the first opset of which that can be said
 MASKING: Final = {  # what a mask passes through before it is added to the scores of a softmax
     "Add",
     "Cast",
@@ -94,13 +98,31 @@ def folded(model: onnx.ModelProto, work: Path) -> onnx.ModelProto:
     return inferred(found)
 
 
+def modern(model: onnx.ModelProto) -> onnx.ModelProto:
+    """In an opset whose QuantizeLinear takes a scale for each channel. UnsupportedModel if it cannot be."""
+    opset = max((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), default=PER_CHANNEL)
+    if opset >= PER_CHANNEL:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, PER_CHANNEL)
+    except Exception as e:  # C++ errors of many kinds
+        raise UnsupportedModel(
+            f"the file is of opset {opset}, int8 needs {PER_CHANNEL}, and onnx cannot convert it: {plain(e)}",
+            hint=f"export it again with opset {PER_CHANNEL} or more, or take fp32 or fp16",
+        ) from e
+
+
 def tamed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which each node has a name, and masks before a softmax are no lower than they must be: the least number
-    of float32, added to scores, leaves no step for these in a range of integers, and overflows half precision."""
+    """A copy in which each node has a name of its own, nothing that is stored is an input as well, and masks before a
+    softmax are no lower than they must be: the least number of float32, added to scores, leaves no step for these in a
+    range of integers, and overflows half precision."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for place, node in enumerate(copy.graph.node):
-        node.name = node.name or f"{node.op_type}_{place}"
+    _name_all(copy)
+    inputs = graph_inputs(copy)
+    del copy.graph.input[:]
+    copy.graph.input.extend(inputs)
+    copy.ir_version = max(copy.ir_version, 4)  # before, what is stored had to be an input
     made, stored = makers(copy), {one.name: one for one in copy.graph.initializer}
     todo = [node.input[0] for node in copy.graph.node if node.op_type == "Softmax"]
     seen: set[str] = set()
@@ -114,6 +136,15 @@ def tamed(model: onnx.ModelProto) -> onnx.ModelProto:
         elif name in made and made[name].op_type in MASKING:
             todo += made[name].input
     return copy
+
+
+def _name_all(model: onnx.ModelProto) -> None:
+    taken = Counter(node.name for node in model.graph.node)
+    for place, node in enumerate(model.graph.node):
+        if not node.name or taken[node.name] > 1:
+            free = (f"{node.op_type}_{place}{end}" for end in ("", *(f"_{n}" for n in range(len(taken) + 1))))
+            node.name = next(one for one in free if one not in taken)
+            taken[node.name] += 1
 
 
 def _raise(one: onnx.TensorProto) -> None:

@@ -26,6 +26,8 @@ def smoothed(model: onnx.ModelProto, rows: Mapping[str, Array], work: Path, thre
     for node in copy.graph.node:
         if is_product(node, stored) and stored[node.input[1]].data_type == onnx.TensorProto.FLOAT:
             products.setdefault(node.input[0], []).append(node)
+    if not products:
+        return copy
     count = len(next(iter(rows.values())))
     channels = {name: Channels(count) for name in products}
     watch(model, channels, rows, work, threads, lambda name, value: channels[name].add(value))

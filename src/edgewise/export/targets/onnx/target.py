@@ -176,12 +176,20 @@ def renamed(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str
         free = next(f"{name}_{n}" for n in range(1, len(taken) + 2) if f"{name}_{n}" not in taken)
         change[name] = free
         taken.add(free)
-    for node in graph.node:
-        node.input[:] = [change.get(name, name) for name in node.input]
-        node.output[:] = [change.get(name, name) for name in node.output]
+    _rename(graph, change)
     for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         value.name = change.get(value.name, value.name)
     return model
+
+
+def _rename(graph: onnx.GraphProto, change: Mapping[str, str]) -> None:
+    """In graphs inside nodes, too: they take tensors from outside."""
+    for node in graph.node:
+        node.input[:] = [change.get(name, name) for name in node.input]
+        node.output[:] = [change.get(name, name) for name in node.output]
+        for one in node.attribute:
+            if one.type == onnx.AttributeProto.GRAPH:
+                _rename(one.g, change)
 
 
 def refused(error: Exception, module: Any, example: tuple[Any, ...]) -> UnsupportedModel:

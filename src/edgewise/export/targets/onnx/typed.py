@@ -22,7 +22,7 @@ from edgewise.export.targets.onnx.int8 import paired, quiet, ranges, with_small_
 from edgewise.export.targets.onnx.mixed import mixed
 from edgewise.export.targets.onnx.observe import computed, observed
 from edgewise.export.targets.onnx.products import is_transformer, with_weights, without_weights
-from edgewise.export.targets.onnx.rewrite import folded, tamed
+from edgewise.export.targets.onnx.rewrite import folded, modern, tamed
 from edgewise.export.targets.onnx.smooth import smoothed
 from edgewise.export.work.job import Array, Job, read_array
 
@@ -56,13 +56,13 @@ def typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onn
         return _int4(model)
     rows = calibration(job, model)
     if job.precision == "int8-dynamic":
-        return _dynamic_int8(tamed(model), rows, job, work, notes)
+        return _dynamic_int8(tamed(modern(model)), rows, job, work, notes)
     if job.precision == "fp16":
         half, kept = halved(model, rows, work, job.threads)
         if kept:
             notes.append(f"{len(kept)} nodes stay float32, as half precision may not hold what they compute")
         return half
-    return _int8(tamed(folded(model, work)), rows, job, work, notes)
+    return _int8(tamed(folded(modern(model), work)), rows, job, work, notes)
 
 
 def calibration(job: Job, model: onnx.ModelProto) -> dict[str, Array]:
@@ -78,11 +78,12 @@ def _int8(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Pat
     attends = is_transformer(model)
     model = smoothed(model, rows, work, job.threads) if attends else model
     seen = observed(model, computed(model), rows, work, job.threads)
-    ops = graphs.WEIGHTY if attends else [op for op in INT8_OPS if any(n.op_type == op for n in model.graph.node)]
+    has = {node.op_type for node in model.graph.node}
+    ops = [op for op in INT8_OPS if op in (graphs.WEIGHTY if attends else has)]
     ends = ranges(seen, 8, symmetric=False, whole=attends)
 
     def pair(floating: Sequence[str]) -> onnx.ModelProto:
-        return paired(
+        made = paired(
             model,
             ends,
             activations=QuantType.QUInt8,
@@ -97,17 +98,21 @@ def _int8(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Pat
                 "QuantizeBias": not attends,
             },
         )
+        return with_small_tables(made)
 
     products = [node.name for node in with_weights(model) if node.op_type in ops]
     found, said = mixed(model, products, pair, rows, job, work)
     notes += said
-    return with_small_tables(found)
+    return found
 
 
 def _dynamic_int8(
     model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path, notes: list[str]
 ) -> onnx.ModelProto:
     """Matrices alone: with ranges of the moment, onnxruntime has convolutions with one scale for all channels only."""
+    whole = ONNXModel(model)
+    whole.replace_gemm_with_matmul()  # as the quantizer would, under names that are not known before
+    model = tamed(whole.model)
     model = smoothed(model, rows, work, job.threads) if is_transformer(model) else model
     graphs.save(model, work / "float.onnx")
 
@@ -120,14 +125,14 @@ def _dynamic_int8(
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=MATRICES,
                 nodes_to_exclude=list(floating),
+                reduce_range=bool(job.options.get("reduce_range", False)),
             )
-        made: onnx.ModelProto = onnx.load(work / "dynamic.onnx")
-        return made
+        return with_small_tables(onnx.load(work / "dynamic.onnx"))
 
     products = [node.name for node in with_weights(model) if node.op_type in MATRICES]
     found, said = mixed(model, products, pair, rows, job, work)
     notes += said
-    return with_small_tables(found)
+    return found
 
 
 def _int4(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -31,7 +31,7 @@ from edgewise.export.targets.onnx.int8 import centred, paired, ranges
 from edgewise.export.targets.onnx.mixed import BY_CHOICE, floating_by_choice, mixed
 from edgewise.export.targets.onnx.observe import observed
 from edgewise.export.targets.onnx.products import is_transformer, with_weights, without_weights
-from edgewise.export.targets.onnx.rewrite import folded, settled, tamed
+from edgewise.export.targets.onnx.rewrite import folded, modern, settled, tamed
 from edgewise.export.targets.onnx.smooth import smoothed
 from edgewise.export.targets.onnx.typed import calibration
 from edgewise.export.targets.tensorrt import gpu
@@ -174,6 +174,7 @@ def layers(job: Job) -> Layers:
 def _parsable(job: Job, work: Path) -> tuple[onnx.ModelProto, list[str]]:
     """The hub with its free first axis if TensorRT takes that, else for one row. UnsupportedModel if neither."""
     hub = graphs.load(job.hub)
+    hub = modern(hub) if job.precision == "int8" else hub
     model = folded(hub, work)
     graphs.save(model, work / "parse.onnx")
     if not (refused := _unsupported(work / "parse.onnx")):
