@@ -162,7 +162,7 @@ class _Export:
 
     def _made_hub(self) -> str | EdgewiseError:
         """The path of the float32 ONNX, or why there is none; empty where no target wants it."""
-        if not any(one.target in FROM_HUB for one in self._order.wanted) or self._order.checked is not None:
+        if not any(map(_from_hub, self._order.wanted)) or self._order.checked is not None:
             return ""
         if self._order.source.kind == "onnx":
             return self._order.source.ref
@@ -193,10 +193,9 @@ class _Export:
         if self._order.checked is not None:
             path = self._order.checked.absolute()
             return Converted(str(path), (str(path),))
-        free = wanted.target == "onnx" and "dynamic" in wanted.options  # which the hub is not, beyond its first axis
-        if free and self._source.kind == "onnx":
+        if wanted.options.get("dynamic") and self._source.kind == "onnx":
             raise UsageError("onnx.dynamic is for what becomes ONNX here", hint="an ONNX file says itself what is free")
-        hub = self._hub if wanted.target in FROM_HUB and not free else ""
+        hub = self._hub if _from_hub(wanted) else ""
         if isinstance(hub, EdgewiseError):
             raise hub
         artifact = str(place / self._source.name)
@@ -299,6 +298,11 @@ class _Export:
         with np.errstate(invalid="ignore"):
             errors = np.nan_to_num(((mine - wanted) ** 2).sum(axis=1), nan=np.inf, posinf=np.inf)
         return tuple(int(row) for row in np.argsort(-errors, kind="stable")[:WORST_ROWS])
+
+
+def _from_hub(wanted: Wanted) -> bool:
+    """The hub is free along its first axis alone."""
+    return wanted.target in FROM_HUB and not wanted.options.get("dynamic")
 
 
 def _shapes(begun: Begun) -> dict[str, tuple[int, ...]]:

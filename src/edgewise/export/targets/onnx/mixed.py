@@ -30,20 +30,21 @@ def mixed(
     some = _spread(rows)
     plain = _outputs(model, some, job, work)
 
-    def off(floating: Sequence[str]) -> float:
+    def off(made: onnx.ModelProto) -> float:
         """Relative L2 of the output that is furthest off; all of it for one without numbers."""
-        found = graphs.difference(_outputs(pair(floating), some, job, work), plain).relative
+        found = graphs.difference(_outputs(made, some, job, work), plain).relative
         return found if np.isfinite(found) else 1.0
 
-    before, most = off(()), MAY_LOSE[job.source.task]
-    floating = fewest(products, off, most) if before > most else []
-    found = pair(floating)
+    whole, most = pair(()), MAY_LOSE[job.source.task]
+    before = off(whole)
+    floating = fewest(products, lambda kept: off(pair(kept)), most) if before > most else []
     if not floating:
-        return found, []
+        return whole, []
+    found = pair(floating)
     found.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value=json.dumps(floating)))
     return found, [
         f"{len(floating)} of {len(products)} products stay floating, as rounding those costs most: relative L2 of the "
-        f"outputs on {len(next(iter(some.values())))} calibration rows {off(floating):.3f}, {before:.3f} without"
+        f"outputs on {len(next(iter(some.values())))} calibration rows {off(found):.3f}, {before:.3f} without"
     ]
 
 
