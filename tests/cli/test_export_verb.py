@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from calling import Cli
 from onnx import helper
@@ -143,7 +145,7 @@ def test_what_is_interrupted_leaves_no_process_and_no_half_artifact(
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "edgewise: interrupted\n")
     assert not worker.exists()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("net", ["eigen", "deciding"])
@@ -232,6 +234,18 @@ def test_a_budget_wants_enough_inputs(export: Cli, files: Path, tmp_path: Path) 
     )
     assert done.code == 2
     assert "200 inputs or more, and there are 150" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_axes_are_free_if_they_are_asked_for(export: Cli, tmp_path: Path) -> None:
+    ids, mask = np.arange(320).reshape(20, 16) % 100, np.ones((20, 16), np.int64)
+    np.savez(tmp_path / "ids.npz", input_ids=ids, attention_mask=mask)
+    data = ("--inputs", tmp_path / "ids.npz")
+    free = 'onnx.dynamic={"input_ids": [1], "attention_mask": [1]}'
+    done = export("export", "nets:encoder", "--to", "onnx", *data, "--option", free, "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.out + done.err
+    for one in onnx.load(done.json["targets"]["onnx"]["path"]).graph.input:
+        assert [dim.dim_param for dim in one.type.tensor_type.shape.dim] == ["batch", "axis_1"]
 
 
 @pytest.mark.parametrize(

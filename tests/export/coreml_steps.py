@@ -284,12 +284,10 @@ def _refused(directory: Path, jobs: dict[str, Job]) -> dict[str, Any]:
     wanted: dict[str, tuple[str, dict[str, Any]]] = {
         "eigen": ("eigen", {"precision": "fp16"}),
         "deciding": ("deciding", {"precision": "fp16"}),
-        "dynamic int8": ("mlp", {"precision": "int8-dynamic"}),
         "blocks on iOS17": ("mlp", {"precision": "int4", "options": {"target": "iOS17"}}),
         "groups on iOS17": ("mlp", {"precision": "int8", "options": {"palettize": 6, "group": 8, "target": "iOS17"}}),
         "groups alone": ("mlp", {"precision": "int8", "options": {"group": 8}}),
-        "five bits": ("mlp", {"precision": "int4", "options": {"palettize": 5}}),
-        "iOS 3": ("mlp", {"precision": "fp16", "options": {"target": "iOS3"}}),
+        "tables in blocks": ("mlp", {"precision": "int4", "options": {"palettize": 4, "block": 16}}),
     }
     found = {}
     for name, (net, change) in wanted.items():

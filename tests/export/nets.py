@@ -53,11 +53,12 @@ class Swapped(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One transformer layer over token ids, with a mask, pooled and normalised: an embedding."""
+    """One transformer layer over token ids, with a mask, pooled and normalised: an embedding. With `times`, the same
+    layer so often, as ALBERT has it."""
 
-    def __init__(self, vocab: int = 100, width: int = 32, heads: int = 4) -> None:
+    def __init__(self, times: int = 1, vocab: int = 100, width: int = 32, heads: int = 4) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.times = heads, times
         self.table = nn.Embedding(vocab, width)
         self.places = nn.Embedding(64, width)
         self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -66,12 +67,14 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         batch, length = input_ids.shape
-        x = self.norm(self.table(input_ids) + self.places(torch.arange(length)))
-        q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = self.table(input_ids) + self.places(torch.arange(length))
         bias = (1.0 - attention_mask[:, None, None, :].float()) * -1e4
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(batch, length, -1)
-        x = self.norm2(x + self.out(seen))
-        x = x + self.down(F.gelu(self.up(x)))
+        for _ in range(self.times):
+            x = self.norm(x)
+            q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(batch, length, -1)
+            x = self.norm2(x + self.out(seen))
+            x = x + self.down(F.gelu(self.up(x)))
         weight = attention_mask[..., None].float()
         return F.normalize((x * weight).sum(1) / weight.sum(1), dim=-1)
 
@@ -175,16 +178,20 @@ def encoder() -> nn.Module:
     return _made(Encoder)
 
 
-def spiky() -> nn.Module:
+def spiky(times: int = 1) -> nn.Module:
     """An encoder in which two channels are forty times as large as the others, and the matrices behind them take that
     back: as large ones are after training."""
-    net = encoder()
+    net = _made(Encoder, times)
     with torch.no_grad():
         for norm, product in ((net.norm, net.qkv), (net.norm2, net.up)):
             for channel in (3, 17):
                 norm.weight[channel] *= 40
                 product.weight[:, channel] /= 40
     return net
+
+
+def repeated() -> nn.Module:
+    return spiky(times=2)
 
 
 def touchy() -> nn.Module:

@@ -125,5 +125,6 @@ NETS: Final = {
     "overflowing": vectors,
     "encoder": tokens,
     "spiky": tokens,
+    "repeated": tokens,
     "touchy": vectors,
 }

@@ -218,12 +218,10 @@ def test_layers_come_in_the_order_of_the_program(answers: Answers) -> None:
     [
         ("eigen", "UnsupportedModel", "linalg_eigvals", "other operators"),
         ("deciding", "UnsupportedModel", "data-dependent", "torch.where"),
-        ("dynamic int8", "UsageError", "int8-dynamic", "fp16"),
         ("blocks on iOS17", "UsageError", "iOS 18", "palettize"),
         ("groups on iOS17", "UsageError", "iOS 18", "group=0"),
         ("groups alone", "UsageError", "group=8", "palettize"),
-        ("five bits", "UsageError", "palettize=5", "4, 6 or 8"),
-        ("iOS 3", "UsageError", "iOS3", "iOS17"),
+        ("tables in blocks", "UsageError", "block=16", "palettize"),
     ],
 )
 def test_what_cannot_be_converted_says_the_way_out(

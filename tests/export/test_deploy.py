@@ -39,6 +39,13 @@ def test_onnx_has_the_guides_names(deployer: EdgeDeployer) -> None:
     assert deployer.report["targets"]["onnx"]["parity"]["rel_l2"] < 1e-4
 
 
+def test_options_of_the_user_go_beside_the_guides_and_before_them(deployer: EdgeDeployer) -> None:
+    path = deployer.convert_to_onnx(nets.mlp(), options={"onnx": {"batch_name": "rows", "optimize": False}})
+    graph = onnx.load(path).graph
+    assert (graph.input[0].name, graph.input[0].type.tensor_type.shape.dim[0].dim_param) == ("input", "rows")
+    assert "graph as it stands" in deployer.report["targets"]["onnx"]["by"]
+
+
 def test_core_ml_of_a_file(deployer: EdgeDeployer, export_python: Path, tmp_path: Path) -> None:
     assert deployer.convert_to_coreml(onnx_files.cnn(tmp_path / "net.onnx")).suffix == ".mlpackage"
     assert deployer.report["targets"]["coreml"]["level"] == "spec-checked"
@@ -83,6 +90,8 @@ def test_a_shape_that_does_not_fit_and_one_that_nobody_knows(deployer: EdgeDeplo
         deployer.convert_to_onnx(nets.mlp(), (1, 5))
     with pytest.raises(UsageError, match="input_shape="):
         deployer.convert_to_onnx(nets.eigen())
+    with pytest.raises(UsageError, match="is for a torch module"):
+        deployer.convert_to_onnx("net.onnx", (1, 3, 8, 8))
     with pytest.raises(EdgewiseError, match="no model"):
         deployer.convert_to_tflite("nothing-here")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,12 +57,50 @@ def test_time_is_bounded_for_a_process_and_its_children(tmp_path: Path) -> None:
         run(job(tmp_path, body), HERE, Bounds(seconds=6))
     assert time.monotonic() - started < 30
     if (tmp_path / "child").is_file() and (text := (tmp_path / "child").read_text()).isdigit():
-        for _ in range(50):
-            if not Path(f"/proc/{text}").exists() or "Z" in Path(f"/proc/{text}/stat").read_text().split()[2]:
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail("a child outlived its worker")
+        assert ended(int(text)), "a child outlived its worker"
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from edgewise.export.limits import Bounds
+from edgewise.export.work.job import job_of
+from edgewise.export.work.process import run
+run(job_of(Path(sys.argv[1]).read_text()), Path(sys.executable), Bounds(seconds=60))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems leave it to run on")
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "worker"
+    one = job(tmp_path, f"(open({str(told)!r}, 'w').write(str(os.getpid())), time.sleep(60))")
+    (tmp_path / "job.json").write_text(job_text(one))
+    parent = subprocess.Popen([HERE, "-c", PARENT, tmp_path / "job.json"], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: told.is_file() and told.read_text().isdigit())
+    finally:
+        parent.kill()
+        parent.wait()
+    assert ended(int(told.read_text()))
+
+
+def ended(process: int) -> bool:
+    def gone() -> bool:
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    return until(gone)
+
+
+def until(happened: Callable[[], bool]) -> bool:
+    """Within half a minute."""
+    for _ in range(300):
+        if happened():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of another process is read from /proc")

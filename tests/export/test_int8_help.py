@@ -9,7 +9,7 @@ import pytest
 
 from edgewise.export.targets.mixed import fewest
 from edgewise.export.targets.ranges import seen_of
-from edgewise.export.targets.smooth import Channels
+from edgewise.export.targets.smooth import Channels, together
 
 
 def _squares(costs: dict[str, float]) -> object:
@@ -55,6 +55,12 @@ def test_factors_keep_the_product_and_make_it_round_well() -> None:
     )
     assert before > 0.1
     assert after < before / 5
+
+
+def test_products_go_together_that_share_an_input_or_a_matrix() -> None:
+    shared = {"q": ("x", "Q"), "k": ("x", "K"), "up": ("h", "U"), "again": ("y", "Q"), "other": ("z", "O")}
+    found = together(list(shared), shared.__getitem__)
+    assert sorted(map(sorted, found)) == [["again", "k", "q"], ["other"], ["up"]]
 
 
 def test_channels_that_are_alike_are_left_alone() -> None:

@@ -186,6 +186,7 @@ DATA: Final[Mapping[str, Any]] = {
     "convs": _image,
     "encoder": _ids,
     "spiky": _ids,
+    "repeated": _ids,
     "mlp": _numbers(24),
     "eigen": lambda draw: {"x": draw.standard_normal((24, 3, 3)).astype(np.float32)},
     "deciding": _numbers(24),
@@ -244,6 +245,14 @@ def test_channels_that_are_far_larger_than_others_are_made_alike_before_rounding
     assert Path(spiky).stat().st_size < Path(plain).stat().st_size * 1.2  # the old matrices are not in the file
 
 
+def test_a_matrix_that_layers_share_stays_one(bench: Bench) -> None:
+    once, twice = (bench.converted(f"nets:{name}", "int8").artifact for name in ("spiky", "repeated"))
+    found, errors = bench.proved("nets:repeated", twice, "int8")
+    assert errors.max() < CLOSE["int8"]
+    assert b"_smoothed" in Path(twice).read_bytes()
+    assert found.weights == bench.proved("nets:spiky", once, "int8")[0].weights
+
+
 def test_everything_that_xnnpack_has_runs_there_and_the_rest_is_named(bench: Bench) -> None:
     for precision in PRECISIONS:
         coverage = bench.proved("nets:cnn", bench.converted("nets:cnn", precision).artifact, precision)[0].coverage
@@ -279,8 +288,6 @@ def test_images_come_with_channels_last_and_names_and_order_are_the_sources(benc
     assert errors.max() < 1e-5
     assert not any("channels last" in note for note in (*other.notes, *second.notes))
     assert second.coverage.nodes == first.coverage.nodes + 1  # the transpose that was saved
-    with pytest.raises(UsageError, match="layout"):
-        bench.converted("nets:cnn", layout="chwn")
     made = bench.converted("odd_nets:pair")
     _, errors = bench.proved("odd_nets:pair", made.artifact)
     assert errors.max() < 1e-6

@@ -11,7 +11,7 @@ import pytest
 
 from edgewise.engines.onnx_process import shared_options
 from edgewise.errors import SourceError, UnsupportedModel, UsageError
-from edgewise.export.sources import onnx_source
+from edgewise.export.sources import onnx_file, onnx_source
 from edgewise.export.work.job import Begun, Job, Source, Tensor, read_array
 
 MLP = """
@@ -140,6 +140,58 @@ def test_it_can_be_loaded_as_a_torch_module(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             value.numpy(), read_array(tmp_path / "begin" / "reference", str(n)), rtol=1e-4, atol=1e-5
         )
+
+
+HALF = """
+<ir_version: 9, opset_import: ["" : 18]>
+net (float16[n, 4] x) => (float16[n, 3] y) {
+    w = Constant <value = float16[4, 3] {1, 2, 3, -1, -2, -3, 0, 1, 2, 3, 2, 1}> ()
+    wide = Cast <to = 1> (x)  again = Cast <to = 10> (wide)  h = MatMul (again, w)  y = Tanh (h)
+}
+"""
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_half_precision_is_widened(stored: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    source = written(tmp_path, HALF)
+    model = onnx.load(source.ref)
+    weight = model.graph.node[0].attribute[0].t
+    matrix = np.array([[1, 2, 3], [-1, -2, -3], [0, 1, 2], [3, 2, 1]], np.float16) / 3
+    weight.CopyFrom(onnx.numpy_helper.from_array(matrix, "w"))
+    if stored:
+        model.graph.initializer.append(weight)
+        del model.graph.node[0]
+    onnx.save(model, source.ref)
+    x = (DRAW.standard_normal((20, 4)) / 9).astype(np.float16)
+    np.savez(tmp_path / "half.npz", x=x)
+    job, found = begun(source, tmp_path, str(tmp_path / "half.npz"))
+    assert any("widened" in note for note in found.notes)
+    assert found.inputs == (Tensor("x", (1, 4), "float32"),)
+    hub = onnx.load(found.hub)
+    assert {one.data_type for one in hub.graph.initializer} <= {onnx.TensorProto.FLOAT}
+    exact = np.tanh(read_array(job.rows, "x").astype(np.float32) @ matrix.astype(np.float32))
+    np.testing.assert_allclose(read_array(tmp_path / "begin" / "reference", "0"), exact, rtol=1e-5, atol=1e-6)
+    again = onnx_source.loaded(source).module(torch.from_numpy(np.array(read_array(job.rows, "x"))))
+    np.testing.assert_allclose(again, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_what_one_file_cannot_hold_is_saved_in_two_and_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.parser.parse_model(MLP.format(rows="n", width=4))
+    for one in model.graph.initializer:
+        value = np.resize(onnx.numpy_helper.to_array(one), (64, 64))
+        one.CopyFrom(onnx.numpy_helper.from_array(value, one.name))
+    before = model.SerializeToString()
+    monkeypatch.setattr(onnx_file, "LARGEST", 1000)
+    files = onnx_file.save(model, tmp_path / "deep" / "net.onnx")
+    assert model.SerializeToString() == before
+    assert [Path(one).name for one in files] == ["net.onnx", "net.onnx.data"]
+    assert Path(files[1]).stat().st_size >= onnx_file.stored_bytes(model) > Path(files[0]).stat().st_size
+    again = onnx.load(files[0])
+    for one, other in zip(again.graph.initializer, model.graph.initializer, strict=True):
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(one), onnx.numpy_helper.to_array(other))
 
 
 # What is refused

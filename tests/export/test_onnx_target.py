@@ -16,7 +16,7 @@ from onnx import helper
 from onnx_steps import NETS, Bench, bench, vectors
 
 from edgewise.engines.onnx_process import shared_options
-from edgewise.errors import SourceError, UnsupportedModel
+from edgewise.errors import SourceError, UnsupportedModel, UsageError
 from edgewise.export.work.job import Job, Precision
 
 CLOSE: Final = {  # relative L2 of outputs, some room above what was seen
@@ -30,6 +30,7 @@ CLOSE: Final = {  # relative L2 of outputs, some room above what was seen
     ("encoder", "int8"): 4e-2,
     ("spiky", "int8"): 4e-2,
     ("spiky", "int8-dynamic"): 4e-2,
+    ("repeated", "int8"): 4e-2,
     ("touchy", "int8-dynamic"): 0.15,
     ("convs", "fp32"): 1e-5,
     ("convs", "int8"): 0.1,
@@ -140,6 +141,16 @@ def test_tables_of_embeddings_are_int8_too(onnx_bench: Bench) -> None:
     assert np.abs(table * steps - onnx.numpy_helper.to_array(exact)).max() <= steps.max() / 2 * 1.01
 
 
+def test_a_matrix_that_layers_share_stays_one(onnx_bench: Bench) -> None:
+    once, twice = (
+        onnx_bench.proved(job, onnx_bench.converted(job, "int8").artifact, "int8")[0]
+        for job in (job_of(onnx_bench, name) for name in ("spiky", "repeated"))
+    )
+    assert once.weights == twice.weights
+    model = onnx.load(onnx_bench.converted(job_of(onnx_bench, "repeated"), "int8").artifact)
+    assert sum(node.output[0].endswith("_smoothed") for node in model.graph.node) > 2  # each layer's inputs
+
+
 def test_the_product_that_costs_most_stays_floating_and_is_named_as_a_choice(onnx_bench: Bench, tmp_path: Path) -> None:
     job = job_of(onnx_bench, "touchy")
     made = onnx_bench.converted(job, "int8")
@@ -194,6 +205,15 @@ OLD: Final = """
 old (float[N, 24] x, float[24, 64] first, float[64, 10] last) => (float[N, 10] logits)
 { hidden = MatMul(x, first)  relu = Relu(hidden)  logits = MatMul(relu, last) }
 """
+BARE: Final = """
+<ir_version: 8, opset_import: ["" : 17]>
+bare (float[N, 24] x) => (float[N, 24] y)
+<int64[3] three = {-1, 4, 6}, int64[2] two = {-1, 24}>
+{
+  q = Reshape(x, three)  k = Transpose<perm = [0, 2, 1]>(q)  scores = MatMul(q, k)
+  seen = Softmax<axis = -1>(scores)  mixed = MatMul(seen, q)  y = Reshape(mixed, two)
+}
+"""
 COUNTING: Final = """
 <ir_version: 8, opset_import: ["" : 17]>
 counting (float[N, 24] x) => (float[N, 1] share)
@@ -228,6 +248,24 @@ def test_an_old_file_whose_weights_are_inputs_too(onnx_bench: Bench, tmp_path: P
     rows = np.load(f"{source.rows}/x.npy")
     found, exact = (answered(path, rows) for path in (made.artifact, str(tmp_path / "old.onnx")))
     assert np.linalg.norm(found - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_file_that_is_quantized_already_is_refused(onnx_bench: Bench, precision: Precision) -> None:
+    source = job_of(onnx_bench, "mlp")
+    done = onnx_bench.converted(source, "int8").artifact
+    with pytest.raises(UsageError, match=r"quantized already: it has \d+ QuantizeLinear") as caught:
+        onnx_bench.converted(replace(source, hub=done), precision)
+    assert "--check" in (caught.value.hint or "")
+
+
+def test_a_transformer_without_a_stored_matrix(onnx_bench: Bench, tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(BARE), tmp_path / "bare.onnx")
+    source = job_of(onnx_bench, "mlp")
+    job = replace(source, hub=str(tmp_path / "bare.onnx"), reference="", outputs=())
+    rows = np.load(f"{source.rows}/x.npy")
+    made = onnx_bench.converted(job, "int8")
+    np.testing.assert_allclose(answered(made.artifact, rows), answered(str(tmp_path / "bare.onnx"), rows), atol=1e-5)
 
 
 def test_half_precision_keeps_the_networks_own_casts(onnx_bench: Bench, tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_skipped_quantization_is_named() -> None:
     assert "2 are not int8: a, b" in found.detail
 
 
+def test_whole_numbers_are_not_float32() -> None:
+    small, some = (
+        Proved("executed", True, "x", Coverage(1, 1, "x"), weights)
+        for weights in ({"int8": 400, "float32": 40}, {"int8": 40, "float32": 400})
+    )
+    assert "fp32 was asked for" in gate.precision_check(small, "fp32").detail
+    assert [gate.precision_check(one, "fp32").ok for one in (small, some)] == [False, True]
+    assert gate.precision_check(small, "int8").ok
+
+
 def test_what_two_looked_at_is_told_once() -> None:
     seen = [Check("finite", True, "a"), Check("loads", True, "b"), Check("finite", True, "c")]
     assert gate.told_once(seen) == (seen[1], seen[2])

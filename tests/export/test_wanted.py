@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgewise.devices.catalogue import shipped
 from edgewise.errors import UsageError
 from edgewise.export import preset
+from edgewise.export.options import OPTIONS, taken
 from edgewise.export.wanted import parsed
 
 
@@ -57,6 +61,39 @@ def test_language_models_have_their_own_targets() -> None:
         parsed("qnn", None, language=True)
 
 
+def options(to: str, of_target: str, **given: Any) -> dict[str, Mapping[str, Any]]:
+    """What each artifact of `to` is made with."""
+    return {one.key: one.options for one in taken(parsed(to, None), {of_target: given}, OPTIONS)}
+
+
+def test_options_go_to_the_precisions_that_have_a_use_for_them() -> None:
+    found = options("coreml:fp16,coreml:int4,onnx", "coreml", palettize=4, target="iOS18")
+    assert found == {"coreml:fp16": {"target": "iOS18"}, "coreml:int4": {"palettize": 4, "target": "iOS18"}, "onnx": {}}
+
+
+@pytest.mark.parametrize(
+    ("to", "target", "given", "said"),
+    [
+        ("onnx", "litert", {"layout": "nchw"}, "--to does not name"),
+        ("onnx", "onnx", {"colour": "red"}, "onnx has no option colour"),
+        ("litert", "litert", {"layout": "chwn"}, "litert.layout is 'chwn'"),
+        ("coreml:int4", "coreml", {"palettize": 5}, "coreml.palettize is 5"),
+        ("coreml:int4", "coreml", {"palettize": True}, "coreml.palettize is True"),
+        ("coreml", "coreml", {"target": "iOS3"}, "coreml.target is 'iOS3'"),
+        ("qnn", "qnn", {"activations": 4}, "qnn.activations is 4"),
+        ("tensorrt", "tensorrt", {"batches": [4, 2, 8]}, "tensorrt.batches is"),
+        ("tensorrt", "tensorrt", {"batches": [1, 2]}, "tensorrt.batches is"),
+        ("tensorrt", "tensorrt", {"batches": [0, 1, 1]}, "tensorrt.batches is"),
+        ("onnx,onnx:fp16", "onnx", {"reduce_range": True}, "of int8 and int8-dynamic, not of fp32, fp16"),
+        ("coreml:int8", "coreml", {"block": 16}, "of int4, not of int8"),
+        ("qnn:fp16", "qnn", {"activations": 16}, "of int8, not of fp16"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(to: str, target: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        options(to, target, **given)
+
+
 @pytest.mark.parametrize("name", preset.names())
 def test_our_presets_can_be_read(name: str) -> None:
     found = preset.read(name)
@@ -100,6 +137,7 @@ def test_nnapi_is_had_with_a_warning() -> None:
         (('target = "litert"', 'target = "tflite"'), "tflite"),
         (("about =", "abuot ="), "abuot"),
         (('backend = "litert"', 'backend = "litert"\noptions = { layuot = "nhwc" }'), "layuot"),
+        (('socs = ["sm8650"]', "activations = 7"), "activations"),
     ],
 )
 def test_a_copied_preset_with_a_mistake_in_it_is_refused(change: tuple[str, str], said: str, tmp_path: Path) -> None:

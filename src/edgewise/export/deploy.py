@@ -66,17 +66,20 @@ class EdgeDeployer:
         target: str,
         precision: str,
         input_shape: tuple[int, ...] | None,
-        more: Mapping[str, Any],
+        more: dict[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> Path:
         with as_model(model, input_shape) as name:
             language = not hasattr(model, "forward") and _is_language(name)
+            given = dict(more.pop("options", {}))
+            if options and not language:
+                given[target] = {**options, **given.get(target, {})}
             asked = Asked(
                 model=name,
                 to=target,
                 output=self.output,
                 precision=None if language else precision,
-                options={target: options} if options and not language else {},
+                options=given,
                 **more,
             )
             self.report = exported(asked, load().settings.home)
@@ -91,8 +94,14 @@ class EdgeDeployer:
 
 @contextmanager
 def as_model(model: Any, input_shape: tuple[int, ...] | None) -> Iterator[str]:
-    """MODEL for a torch module, as a program in a file that is gone afterwards; anything else as it is."""
+    """MODEL for a torch module, as a program in a file that is gone afterwards; anything else as it is. UsageError for
+    a shape of what says its own."""
     if not hasattr(model, "forward"):
+        if input_shape is not None:
+            raise UsageError(
+                f"input_shape is for a torch module, and {model} says the shapes of its inputs itself",
+                hint="leave it away; what a file leaves free: shapes={'input': (1, 3, 224, 224)}",
+            )
         yield str(model)
         return
     with tempfile.TemporaryDirectory(prefix="edgewise-") as work:

@@ -1,21 +1,24 @@
-"""Which options targets have and which values these take, so that a wrong one is named before any work and is never
-passed over."""
+"""Which options targets have, which values these take and of which precisions they are, so that a wrong one is named
+before any work and none is passed over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from edgewise.errors import UsageError
+from edgewise.export.wanted import Wanted
+from edgewise.export.work.job import PRECISIONS, Precision
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """`words` follow "give"."""
+    """`words` follow "give"; artifacts of other precisions than `of` have no use for it."""
 
     words: str
     fits: Callable[[Any], bool]
+    of: Collection[Precision] = PRECISIONS
 
 
 def _count(value: Any) -> bool:
@@ -50,7 +53,12 @@ def _one_of(*allowed: str | int) -> Value:
     def fits(value: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in allowed)
 
-    return Value(f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}", fits)
+    *others, last = map(str, allowed)
+    return Value(f"{', '.join(others)} or {last}" if others else last, fits)
+
+
+def _of(value: Value, *precisions: Precision) -> Value:
+    return replace(value, of=precisions)
 
 
 SWITCH: Final = Value("true or false", lambda value: isinstance(value, bool))
@@ -58,8 +66,6 @@ NAME: Final = Value("a name", _name)
 NAMES: Final = Value('a name, or several: ["A", "B"]', _names)
 COUNT: Final = Value("a whole number above 0", _count)
 
-PALETTE: Final = _one_of(4, 6, 8)
-GROUP: Final = Value("a whole number, 0 for one table a matrix", _count_or_none)
 
 Options = Mapping[str, Mapping[str, Value]]  # of each target; each is explained in the target's own file
 
@@ -69,30 +75,30 @@ OPTIONS: Final[Options] = {
         "input_name": NAME,
         "batch_name": NAME,
         "optimize": SWITCH,
-        "reduce_range": SWITCH,
+        "reduce_range": _of(SWITCH, "int8", "int8-dynamic"),
     },
     "litert": {"layout": _one_of("nhwc", "nchw"), "dynamic_batch": SWITCH},
     "coreml": {
         "target": _one_of("iOS17", "iOS18"),
-        "palettize": PALETTE,
-        "group": GROUP,
-        "block": COUNT,
+        "palettize": _of(_one_of(4, 6, 8), "int8", "int4"),
+        "group": _of(Value("a whole number, 0 for one table a matrix", _count_or_none), "int8", "int4"),
+        "block": _of(COUNT, "int4"),
         "dynamic_batch": SWITCH,
     },
     "tensorrt": {
         "compute": NAMES,
         "batches": Value("the least, the best and the largest number of rows: [1, 1, 8]", _batches),
     },
-    "qnn": {"socs": NAMES, "activations": _one_of(8, 16)},
+    "qnn": {"socs": NAMES, "activations": _of(_one_of(8, 16), "int8")},
 }
 LANGUAGE_OPTIONS: Final[Options] = {
     "onnx": {},
     "litert": {"recipe": NAME, "prefill": Value("lengths: [32, 128]", _counts), "cache": COUNT},
-    "coreml": {"palettize": PALETTE, "prefill": COUNT, "cache": COUNT},
+    "coreml": {"palettize": _of(_one_of(4), "int4"), "prefill": COUNT, "cache": COUNT},
 }
 
 
-def check(target: str, given: Mapping[str, Any], known: Mapping[str, Value]) -> None:
+def _check(target: str, given: Mapping[str, Any], known: Mapping[str, Value]) -> None:
     """UsageError for an option that is not among the `known` ones of the target, and for a value that it does not
     take."""
     for name, value in given.items():
@@ -100,3 +106,36 @@ def check(target: str, given: Mapping[str, Any], known: Mapping[str, Value]) -> 
             raise UsageError(f"{target} has no option {name}", hint=f"it has {', '.join(known) or 'none here'}")
         if not known[name].fits(value):
             raise UsageError(f"the option {target}.{name} is {value!r}", hint=f"give {known[name].words}")
+
+
+def taken(wanted: Sequence[Wanted], given: Mapping[str, Mapping[str, Any]], known: Options) -> tuple[Wanted, ...]:
+    """Each artifact with those of the options that its precision has a use for. UsageError for options of targets that
+    are not asked for, for unknown ones, for values that they do not take, and for what no artifact has a use for."""
+    targets = dict.fromkeys(one.target for one in wanted)
+    for target, its in given.items():
+        if target not in targets:
+            raise UsageError(
+                f"--option is of {target}, which --to does not name", hint=f"it names {', '.join(targets)}"
+            )
+        _check(target, its, known[target])
+        for name in its:
+            _check_use(f"{target}.{name}", known[target][name], [one for one in wanted if one.target == target])
+    return tuple(
+        replace(one, options={**one.options, **useful(given.get(one.target, {}), known[one.target], one.precision)})
+        for one in wanted
+    )
+
+
+def useful(given: Mapping[str, Any], known: Mapping[str, Value], precision: Precision) -> dict[str, Any]:
+    """Those that an artifact of that precision has a use for."""
+    return {
+        name: value
+        for name, value in given.items()
+        if name in known and precision in known[name].of and known[name].fits(value)
+    }
+
+
+def _check_use(option: str, value: Value, artifacts: Sequence[Wanted]) -> None:
+    if not any(one.precision in value.of for one in artifacts):
+        asked = ", ".join(one.precision for one in artifacts)
+        raise UsageError(f"the option {option} is of {' and '.join(value.of)}, not of {asked}", hint="leave it away")

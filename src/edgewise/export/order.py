@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from edgewise.errors import SourceError, UsageError
 from edgewise.export.limits import MAX_TOKENS, THREADS, Bounds
-from edgewise.export.options import LANGUAGE_OPTIONS, OPTIONS, Options, check
+from edgewise.export.options import LANGUAGE_OPTIONS, OPTIONS, taken
 from edgewise.export.output import claimed
 from edgewise.export.proof.gate import Gate
 from edgewise.export.report.facts import report, write
@@ -73,7 +73,7 @@ def exported_as(
 ) -> dict[str, Any]:
     """The same for a source that was found already and artifacts that something else has chosen."""
     known = LANGUAGE_OPTIONS if isinstance(source, Language) else OPTIONS
-    wanted = _with_options(wanted, asked.options, known)
+    wanted = taken(wanted, asked.options, known)
     gate = Gate(asked.max_drop, asked.strict)
     with claimed(asked.output, () if asked.checked else wanted):
         if isinstance(source, Language):
@@ -168,17 +168,3 @@ def _check_language(asked: Asked) -> None:
         raise UsageError(f"--inputs is {asked.data}, and a language model takes texts", hint=TEXTS_HINT)
     if not read_texts(asked.data)[0]:
         raise UsageError(f"{asked.data} holds no texts", hint="a text a line, or leave --inputs away for our own")
-
-
-def _with_options(
-    wanted: Sequence[Wanted], given: Mapping[str, Mapping[str, Any]], known: Options
-) -> tuple[Wanted, ...]:
-    """UsageError for options of targets that are not asked for, for unknown ones, and for values they do not take."""
-    targets = dict.fromkeys(one.target for one in wanted)
-    for target, its in given.items():
-        if target not in targets:
-            raise UsageError(
-                f"--option is of {target}, which --to does not name", hint=f"it names {', '.join(targets)}"
-            )
-        check(target, its, known[target])
-    return tuple(replace(one, options={**one.options, **given.get(one.target, {})}) for one in wanted)

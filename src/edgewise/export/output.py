@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +17,9 @@ OURS: Final = ".edgewise-export"  # what exports have made here, one a line
 @contextmanager
 def claimed(output: Path, wanted: Sequence[Wanted]) -> Iterator[None]:
     """UsageError where an artifact would take the place of something else, StorageError where nothing can be written.
-    Afterwards, however it ended, what was made is known as ours."""
+    Afterwards, however it ended, what was made is known as ours, and a new directory that nothing came into is gone."""
     _check_place(output)
+    new = not output.exists()
     names = [one.key.replace(":", "-") for one in wanted]
     places = ["report.json", "report.html", *(f"{above}{name}" for name in names for above in ("", "refused/"))]
     before = [name for name in places if (output / name).exists()]
@@ -34,6 +35,9 @@ def claimed(output: Path, wanted: Sequence[Wanted]) -> Iterator[None]:
         made = {name for name in places if (output / name).exists()}
         if (now := ours - set(places) | made) != ours:
             (output / OURS).write_text("".join(f"{name}\n" for name in sorted(now)), encoding="utf-8")
+        if new:
+            with suppress(OSError):  # it is not empty, or was never made
+                output.rmdir()
 
 
 def _ours(output: Path) -> set[str]:

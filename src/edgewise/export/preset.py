@@ -12,7 +12,7 @@ import msgspec
 
 from edgewise.devices.catalogue import Catalogue, Device
 from edgewise.errors import UsageError
-from edgewise.export.options import LANGUAGE_OPTIONS, OPTIONS, check
+from edgewise.export.options import LANGUAGE_OPTIONS, OPTIONS, taken, useful
 from edgewise.export.wanted import LANGUAGE_PRECISIONS, PRECISIONS_OF, Wanted
 from edgewise.export.work.job import Precision
 
@@ -149,7 +149,7 @@ def _wanted(artifact: Artifact, device: str | None, *, language: bool) -> Wanted
         precision = LANGUAGE_PRECISIONS[target][0]
     given = {**artifact.options, **(artifact.devices or {}).get(device or "", {})}
     known = (LANGUAGE_OPTIONS if language else OPTIONS)[target]
-    return Wanted(target, target, precision, {key: value for key, value in given.items() if key in known})
+    return Wanted(target, target, precision, useful(given, known, precision))
 
 
 def _check(path: Path, preset: Preset) -> None:
@@ -165,7 +165,7 @@ def _check(path: Path, preset: Preset) -> None:
         known = {**LANGUAGE_OPTIONS.get(one.target, {}), **OPTIONS[one.target]}
         for given in (one.options, *(one.devices or {}).values()):
             try:
-                check(one.target, given, known)
+                taken([Wanted(one.target, one.target, one.precision)], {one.target: given}, {one.target: known})
             except UsageError as e:
                 raise UsageError(f"{path}: {e.message}", hint=e.hint) from e
     if len(set(targets)) != len(targets):

@@ -164,8 +164,8 @@ class _Export:
         """The path of the float32 ONNX, or why there is none; empty where no target wants it."""
         if not any(map(_from_hub, self._order.wanted)) or self._order.checked is not None:
             return ""
-        if self._order.source.kind == "onnx":
-            return self._order.source.ref
+        if self._begun.hub:
+            return self._begun.hub
         self._show("converting to ONNX", 0, 1)
         job = self._job("convert", target="onnx", artifact=str(self._work / "hub"))
         try:

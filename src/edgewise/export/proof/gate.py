@@ -29,6 +29,7 @@ Array = npt.NDArray[Any]
 
 LEAST_ROWS: Final = 200
 SKIPPED_NAMED: Final = 4
+WIDE: Final = ("float32", "float64")  # kinds of weights that fp32 is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,14 @@ def check_rows(gate: Gate, rows: int, *, random: bool) -> None:
 
 
 def precision_check(proved: Proved, precision: Precision) -> Check:
-    """Whether quantization was skipped, all of it or a part."""
+    """Whether quantization was skipped, all of it or a part; or done, where float32 was asked for."""
     kinds = ", ".join(f"{size} bytes of {kind}" for kind, size in sorted(proved.weights.items())) or "none"
     if proved.skipped:
         names = ", ".join(proved.skipped[:SKIPPED_NAMED]) + (" …" if len(proved.skipped) > SKIPPED_NAMED else "")
         return Check("precision", False, f"{len(proved.skipped)} are not {precision}: {names}; weights are {kinds}")
-    return Check("precision", True, f"weights are {kinds}")
+    wide = sum(size for kind, size in proved.weights.items() if kind in WIDE)
+    ok = precision != "fp32" or 2 * wide >= sum(proved.weights.values())
+    return Check("precision", ok, f"weights are {kinds}" + ("" if ok else ", and fp32 was asked for"))
 
 
 def finite_check(outputs: Sequence[Array], expected: Sequence[Array]) -> Check:

@@ -7,7 +7,6 @@ the arrays of their data have.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,16 +15,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from edgewise.errors import EngineError, SourceError, UnsupportedModel, UsageError
+from edgewise.errors import EngineError, UnsupportedModel, UsageError
 from edgewise.export.sources import data
+from edgewise.export.sources.onnx_file import load_float, network_inputs, plain, save, unable
 from edgewise.export.sources.pieces import answers, of_one_row, task_of
 from edgewise.export.work.job import Array, Begun, Job, Layers, Source, Tensor, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     from edgewise.export.sources.loaded import Loaded
 
-UNABLE: Final = ("NOT_IMPLEMENTED", "No Op registered", "Unknown opset", "under development", "is not a registered")
-APART: Final = ("external data", "should be stored in", "doesn't exist")  # what onnx says of weights beside the file
 FLOATS: Final = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 EIGHT_BITS: Final = (
     onnx.TensorProto.INT8,
@@ -33,7 +31,6 @@ EIGHT_BITS: Final = (
     onnx.TensorProto.INT4,
     onnx.TensorProto.UINT4,
 )
-LARGEST: Final = 1_900_000_000  # bytes of one protobuf file, with room to spare
 
 
 # The steps
@@ -42,12 +39,14 @@ LARGEST: Final = 1_900_000_000  # bytes of one protobuf file, with room to spare
 def begin(job: Job) -> Begun:
     """See job.py. SourceError for a damaged file, UnsupportedModel for one that onnxruntime cannot run or whose outputs
     have no rows."""
-    path = Path(job.source.ref)
-    model = checked(path)
+    path, work = Path(job.source.ref), Path(job.work)
+    model, half = load_float(path)
+    if half:
+        path = work / path.name
+        save(model, path)
     inputs = inputs_of(model, job.source, _shown(job))
     preprocessing = dict(job.options.get("preprocessing", {}))
     rows = data.rows(job, inputs, preprocessing)
-    work = Path(job.work)
     rows.write(work)
     session = _session(path, job.threads)
     names = [one.name for one in session.get_outputs()]
@@ -66,7 +65,8 @@ def begin(job: Job) -> Begun:
         parameters=_parameters(model),
         task=task_of(job.source.task, reference),
         preprocessing=preprocessing,
-        notes=_notes(model),
+        notes=_notes(model, half=half),
+        hub=str(path),
     )
 
 
@@ -75,14 +75,14 @@ def layers(job: Job) -> Layers:
     named by its node."""
     from onnx import inliner
 
-    model = checked(Path(job.source.ref))
+    model = load_float(job.source.ref)[0]
     model = inliner.inline_local_functions(model) if model.functions else model
     names = _between(model)
     del model.graph.value_info[:]
     given = {one.name for one in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
     place = Path(job.work) / "layers.onnx"
-    _saved(model, place)
+    save(model, place)
     session, at_once = _session(place, job.threads), _at_once(model) or 1
     arrays = read_arrays(job.rows, job.inputs)
     found: dict[str, list[Array]] = {name: [] for name in names}
@@ -103,41 +103,9 @@ def loaded(source: Source) -> Loaded:
     from edgewise.export.sources.loaded import Loaded
     from edgewise.export.sources.onnx_torch import module_of
 
-    path = Path(source.ref)
-    model = checked(path)
-    module = module_of(path)
+    model, _ = load_float(source.ref)
+    module = module_of(model)
     return Loaded(module, inputs_of(model, source), module.outputs, source.task)
-
-
-# Files
-
-
-def checked(path: Path) -> onnx.ModelProto:
-    """The file with its weights. SourceError for what is damaged, or is no ONNX file."""
-    if not path.is_file():
-        raise SourceError(f"there is no file {path}", hint="give the path of an .onnx file")
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        return onnx.load(path)
-    except Exception as e:  # protobuf's, onnx's and the system's own share no other class
-        why = _plain(e)
-        if any(mark in why for mark in APART) or isinstance(e, FileNotFoundError):
-            raise SourceError(
-                f"the weights of {path.name} are not where it says: {why}",
-                hint="put its external data beside it, under the name that it had",
-            ) from e
-        raise SourceError(f"{path.name} is damaged, or no ONNX file: {why}", hint="copy or export it again") from e
-
-
-def _saved(model: onnx.ModelProto, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    large = model.ByteSize() > LARGEST
-    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
-
-
-def _plain(error: object, limit: int = 300) -> str:
-    """A message of others on one line, without colours."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:limit]
 
 
 # Inputs
@@ -148,7 +116,7 @@ def inputs_of(
 ) -> tuple[Tensor, ...]:
     """In the order of the file. What it leaves free is taken from `source.shapes`, or else from `shown`, the shapes of
     the user's arrays. UsageError for shapes that do not fit, UnsupportedModel for inputs that are no arrays of rows."""
-    ports = _ports(model)
+    ports = network_inputs(model)
     strange = set(source.shapes) - {port.name for port in ports}
     if strange:
         raise UsageError(
@@ -203,11 +171,6 @@ def _dtype(port: onnx.ValueInfoProto) -> str:
     return dtype.name
 
 
-def _ports(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    stored = {one.name for one in model.graph.initializer}
-    return [one for one in model.graph.input if one.name not in stored]
-
-
 def _shown(job: Job) -> dict[str, tuple[int, ...]]:
     """The shapes of the arrays in the user's .npz."""
     path = Path(job.data)
@@ -218,7 +181,7 @@ def _shown(job: Job) -> dict[str, tuple[int, ...]]:
 
 def _at_once(model: onnx.ModelProto) -> int | None:
     """The fixed number of rows; None if any."""
-    numbers = {_axes(port)[0] for port in _ports(model)}
+    numbers = {_axes(port)[0] for port in network_inputs(model)}
     fixed = numbers - {None}
     if len(fixed) > 1:
         raise UnsupportedModel(
@@ -228,11 +191,13 @@ def _at_once(model: onnx.ModelProto) -> int | None:
     return next(iter(fixed), None)
 
 
-def _notes(model: onnx.ModelProto) -> tuple[str, ...]:
-    fixed = _at_once(model)
-    if fixed is None or fixed == 1:
-        return ()
-    return (f"the file takes {fixed} rows at once: targets that take one need it exported with a free first axis",)
+def _notes(model: onnx.ModelProto, *, half: bool) -> tuple[str, ...]:
+    found = []
+    if half:
+        found.append("the file's half-precision numbers were widened: it is converted, and computed here, in float32")
+    if (fixed := _at_once(model) or 1) != 1:
+        found.append(f"the file takes {fixed} rows at once: targets that take one need it with a free first axis")
+    return tuple(found)
 
 
 def _parameters(model: onnx.ModelProto) -> int:
@@ -260,13 +225,7 @@ def _session(path: Path, threads: int) -> Any:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its classes share no other than Exception
-        why = _plain(e)
-        if any(mark in why for mark in UNABLE):
-            raise UnsupportedModel(
-                f"onnxruntime {ort.__version__} cannot run {path.name}: {why}",
-                hint="export it with the operators and the opset that this version has",
-            ) from e
-        raise SourceError(f"onnxruntime cannot load {path.name}: {why}", hint="export it again") from e
+        raise unable(e, path.name) from e
 
 
 def _run(session: Any, piece: Mapping[str, Array], names: list[str] | None) -> list[Array]:
@@ -275,7 +234,7 @@ def _run(session: Any, piece: Mapping[str, Array], names: list[str] | None) -> l
     except Exception as e:
         shapes = {name: list(value.shape) for name, value in piece.items()}
         raise UsageError(
-            f"the source fails on inputs {shapes}: {_plain(e)}",
+            f"the source fails on inputs {shapes}: {plain(e)}",
             hint="check the shapes and values of its inputs: --shape NAME=1,3,224,224, --inputs FILE.npz",
         ) from e
     return found
@@ -287,7 +246,7 @@ def _run(session: Any, piece: Mapping[str, Array], names: list[str] | None) -> l
 def _between(model: onnx.ModelProto) -> dict[str, str]:
     """Floating tensors that follow from the inputs, in the order of computing, and what to call each."""
     kinds = _kinds(model)
-    reached = {one.name for one in _ports(model)}
+    reached = {one.name for one in network_inputs(model)}
     found: dict[str, str] = {}
     for node in model.graph.node:
         if not reached & set(node.input):
@@ -305,5 +264,5 @@ def _kinds(model: onnx.ModelProto) -> dict[str, int]:
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except Exception as e:  # it was accepted before, by the checker's own inference
-        raise EngineError(f"onnx cannot infer the types of the file any more: {_plain(e)}") from e
+        raise EngineError(f"onnx cannot infer the types of the file any more: {plain(e)}") from e
     return {one.name: one.type.tensor_type.elem_type for one in (*graph.value_info, *graph.output)}

@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from onnx import inliner, numpy_helper
 from torch import nn
 
-from edgewise.errors import EdgewiseError, SourceError, UnsupportedModel
+from edgewise.errors import EdgewiseError, UnsupportedModel
 from edgewise.export.sources.onnx_ops import maths, shaping, spatial  # noqa: F401  (they enter their operators)
 from edgewise.export.sources.onnx_ops.host import HOST, LARGEST, settled
 from edgewise.export.sources.onnx_ops.maths import FEW_BITS
@@ -89,14 +88,14 @@ class OnnxModule(nn.Module):
         return _as_tensor(self._value(values, name))
 
 
-def module_of(path: Path | str) -> OnnxModule:
-    """The file, its weights beside it included, in evaluation mode. SourceError if it cannot be read, UnsupportedModel
-    if an operator of it is unknown; what depends on the shapes of inputs is refused when it first runs."""
-    model = _inlined(_read(Path(path)))
+def module_of(model: onnx.ModelProto) -> OnnxModule:
+    """A file's network in evaluation mode. UnsupportedModel if an operator of it is unknown; what depends on the shapes
+    of inputs is refused when it first runs."""
+    model = _inlined(model)
     version = {one.domain: one.version for one in model.opset_import}.get("", 1)
     if version < OLDEST:
         raise UnsupportedModel(
-            f"{Path(path).name} uses operator set {version}; {OLDEST} is the oldest that is known",
+            f"the file uses operator set {version}; {OLDEST} is the oldest that is known",
             hint="onnx.version_converter brings a file to a newer one",
         )
     _check(model.graph)
@@ -120,13 +119,6 @@ def _signed(inputs: Sequence[str]) -> type[OnnxModule]:
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return type("OnnxModule", (OnnxModule,), {"forward": forward})
-
-
-def _read(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path)
-    except Exception as e:  # protobuf's and onnx's own, of many kinds
-        raise SourceError(f"{path.name} is no ONNX file, or is damaged: {e}", hint="export it again") from e
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:

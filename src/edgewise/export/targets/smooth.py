@@ -8,8 +8,8 @@ of the spread goes to the matrix is searched for each input, by what the rounded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -21,13 +21,31 @@ SMALLEST: Final = 1e-5
 QUIET: Final = 0.1  # of the middle one's reach, below which a channel is not made louder any more
 GAINS: Final = 0.5  # of the squared error may be left, else the factors are not worth an operator
 
+Product = TypeVar("Product")
+
+
+def together(products: Sequence[Product], names: Callable[[Product], tuple[Hashable, Hashable]]) -> list[list[Product]]:
+    """Products that must have the same factors, as they share an input or, as the layers of ALBERT do, a matrix.
+    `names` gives those of one product; no input may have a matrix's."""
+    groups: list[tuple[set[Hashable], list[Product]]] = []
+    for product in products:
+        joined, its = set(names(product)), [product]
+        apart = []
+        for group in groups:
+            if joined.isdisjoint(group[0]):
+                apart.append(group)
+            else:
+                joined, its = joined | group[0], [*group[1], *its]
+        groups = [*apart, (joined, its)]
+    return [its for _, its in groups]
+
 
 class Channels:
-    """What was seen of a product's input: the ends of each channel, and some of its vectors."""
+    """What was seen of the inputs of products that share factors: the ends of each channel, and some vectors."""
 
-    def __init__(self, rows: int) -> None:
-        """For so many rows in all."""
-        self._each = max(1, VECTORS // rows)
+    def __init__(self, values: int) -> None:
+        """For so many values in all, one of each input for each row."""
+        self._each = max(1, VECTORS // values)
         self._samples: list[Array] = []
         self.least: Array | None = None
         self.most: Array | None = None
@@ -43,7 +61,7 @@ class Channels:
         self._samples.append(flat[places])
 
     def factors(self, matrices: Sequence[Array]) -> Array | None:
-        """float32 [channels], for the input of products with `matrices`, [channels, outputs] each; None where that
+        """float32 [channels], for the inputs of products with `matrices`, [channels, outputs] each; None where that
         gains too little."""
         assert self.least is not None
         assert self.most is not None

@@ -152,7 +152,8 @@ class Proved:
 class Begun:
     """The source as it was loaded, and how many rows there are to judge on (`rows/`), to calibrate with
     (`calibration/`), and what its outputs (`reference/`) are. `labels.npy` is there if `labelled`. `shared` says that
-    the calibration rows are judged on too, as there are too few to keep some back."""
+    the calibration rows are judged on too, as there are too few to keep some back. `hub` is the float32 ONNX file that
+    the source is, if it is one."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -165,6 +166,7 @@ class Begun:
     task: Task
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    hub: str = ""
 
 
 @dataclass(frozen=True, slots=True)

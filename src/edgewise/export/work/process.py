@@ -47,7 +47,7 @@ def run(job: Job, python: Path, bounds: Bounds) -> Mapping[str, Any]:
     started = time.monotonic()
     with (directory / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [str(python), "-P", str(START), str(directory)],
+            [str(python), "-P", str(START), str(directory), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -18,11 +18,9 @@ import torch
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.export.sources.loaded import Loaded
 from edgewise.export.targets.coreml import palettes
-from edgewise.export.work.job import Job, Precision, Tensor
+from edgewise.export.work.job import Job, Tensor
 
 TARGETS: Final = {"iOS17": 8, "iOS18": 9}  # and the version of the specification
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8", "int4")
-PALETTES: Final = (4, 6, 8)  # bits
 BLOCK: Final = 32  # weights of an output channel that share a scale in int4
 MOST_ROWS: Final = 64  # of a free first axis
 COMPRESSED: Final = ("conv", "conv_transpose", "linear", "matmul", "gather")  # whose weights are worth fewer bits
@@ -42,8 +40,6 @@ def target_of(job: Job) -> str:
     blocks = job.precision == "int4" and not job.options.get("palettize")
     groups = bool(job.options.get("group"))
     asked = str(job.options.get("target", "iOS18" if blocks or groups else "iOS17"))
-    if asked not in TARGETS:
-        raise UsageError(f"Core ML has no target {asked!r} here", hint=f"take one of {', '.join(TARGETS)}")
     if blocks and asked == "iOS17":
         raise UsageError(
             "int4 weights in blocks need iOS 18",
@@ -60,19 +56,15 @@ def group_of(job: Job) -> int:
 
 
 def checked(job: Job) -> None:
-    if job.precision not in PRECISIONS:
+    """UsageError for options that do not go together."""
+    tables, group, block = (job.options.get(name) for name in ("palettize", "group", "block"))
+    if group is not None and not tables:
+        raise UsageError(f"group={group} is of tables, and none are made", hint="give palettize=4, 6 or 8 beside it")
+    if block is not None and tables:
         raise UsageError(
-            f"Core ML has no {job.precision} here",
-            hint=f"take one of {', '.join(PRECISIONS)}; int8 and int4 are of the weights",
+            f"block={block} is of scales, and palettize={tables} makes tables",
+            hint="give group for the channels that share a table, or leave palettize away",
         )
-    bits = job.options.get("palettize")
-    if bits and (bits not in PALETTES or job.precision not in ("int8", "int4")):
-        raise UsageError(
-            f"palettize={bits} with {job.precision}", hint="take int4 or int8 as precision and palettize=4, 6 or 8"
-        )
-    group = job.options.get("group")
-    if group is not None and (not bits or not isinstance(group, int) or group < 0):
-        raise UsageError(f"group={group}", hint="a number of channels that share a table, beside palettize=4, 6 or 8")
     target_of(job)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from edgewise.export.targets.litert.file import File, Operator
 from edgewise.export.targets.litert.recipe import Calibration, attends, constant
 from edgewise.export.targets.litert.run import Watched
-from edgewise.export.targets.smooth import Channels
+from edgewise.export.targets.smooth import Channels, together
 from edgewise.export.work.job import Array
 
 
@@ -21,50 +22,80 @@ def smoothed(source: Path, calibration: Calibration) -> Path:
     file = File(source)
     if not attends(file):
         return source
-    products: dict[int, list[int]] = {}
-    for place, op in enumerate(file.operators):
-        if op.name == "FULLY_CONNECTED" and constant(file, op) and _by_channels(file, op):
-            products.setdefault(op.inputs[0], []).append(place)
-    channels = _seen(source, calibration, {file.tensors[n].name: n for n in products})
     model = flatbuffer_utils.read_model(str(source))
     graph = model.subgraphs[0]
-    made: dict[int, Any] = {}  # operators by the place that they come before
-    for tensor, places in products.items():
-        matrices = [_matrix(model, graph.operators[place].inputs[1]) for place in places]
-        by = channels[tensor].factors([one.T for one in matrices]) if tensor in channels else None
-        if by is None:
-            continue
-        scaled = _added(model, f"{file.tensors[tensor].name}_smoothed", graph.tensors[tensor], None)
-        factors = _added(model, f"{file.tensors[tensor].name}_factors", None, by)
-        made[min(places)] = _mul(model, tensor, factors, scaled)
-        for place, matrix in zip(places, matrices, strict=True):
-            op = graph.operators[place]
-            op.inputs = [scaled, _divided(model, op.inputs[1], matrix / by), *op.inputs[2:]]
-    if not made:
+    found = [place for place, op in enumerate(file.operators) if _is_product(file, op)]
+    groups = together(found, lambda place: (("input", _input(file, place)), ("matrix", _buffer(graph, place))))
+    channels = _seen(source, calibration, file, groups)
+    muls: dict[int, Any] = {}  # by the place that they come before
+    for places in map(sorted, groups):
+        its = channels.get(file.tensors[_input(file, places[0])].name)
+        matrices = {_buffer(graph, place): _matrix(model, graph.operators[place].inputs[1]) for place in places}
+        by = its.factors([one.T for one in matrices.values()]) if its is not None else None
+        if by is not None:
+            divided = {buffer: _divided(model, buffer, value / by, places) for buffer, value in matrices.items()}
+            muls |= _multiplied(model, file, places, by, divided)
+    if not muls:
         return source
     graph.operators = [
-        one for place, op in enumerate(graph.operators) for one in ([made[place], op] if place in made else [op])
+        one for place, op in enumerate(graph.operators) for one in ([muls[place], op] if place in muls else [op])
     ]
     changed = source.with_name("smoothed.tflite")
     flatbuffer_utils.write_model(model, str(changed))
     return changed
 
 
-def _by_channels(file: File, op: Operator) -> bool:
-    """Whether the last axis of its input is what the matrix takes: LiteRT flattens others on the way."""
+def _multiplied(
+    model: Any, file: File, places: Sequence[int], by: Array, divided: Mapping[int, int | None]
+) -> dict[int, Any]:
+    """Makes the products there take their inputs times `by`; gives the new operators by the place that they
+    come before."""
+    graph = model.subgraphs[0]
+    factors = _added(model, f"{file.tensors[_input(file, places[0])].name}_factors", None, by)
+    scaled: dict[int, int] = {}
+    made: dict[int, Any] = {}
+    for place in places:
+        op, tensor = graph.operators[place], _input(file, place)
+        matrix = divided[_buffer(graph, place)]
+        if tensor not in scaled:
+            scaled[tensor] = _added(model, f"{file.tensors[tensor].name}_smoothed", graph.tensors[tensor], None)
+            made[place] = _mul(model, tensor, factors, scaled[tensor])
+        op.inputs = [scaled[tensor], op.inputs[1] if matrix is None else matrix, *op.inputs[2:]]
+    return made
+
+
+def _is_product(file: File, op: Operator) -> bool:
+    """With a stored matrix that takes the last axis of its input: LiteRT flattens others on the way."""
+    if op.name != "FULLY_CONNECTED" or not constant(file, op):
+        return False
     given, matrix = (file.tensors[n] for n in op.inputs[:2])
     return matrix.dtype == "float32" and given.shape[-1:] == matrix.shape[1:]
 
 
-def _seen(source: Path, calibration: Calibration, wanted: dict[str, int]) -> dict[int, Channels]:
+def _input(file: File, place: int) -> int:
+    return file.operators[place].inputs[0]
+
+
+def _buffer(graph: Any, place: int) -> int:
+    """What holds the matrix of the product there: tensors may share one."""
+    return int(graph.tensors[graph.operators[place].inputs[1]].buffer)
+
+
+def _seen(source: Path, calibration: Calibration, file: File, groups: Sequence[Sequence[int]]) -> dict[str, Channels]:
+    """By the name of each input."""
     count = len(calibration.rows[0])
-    found: dict[int, Channels] = {}
+    found: dict[str, Channels] = {}
+    for places in groups:
+        names = {file.tensors[_input(file, place)].name for place in places}
+        found |= dict.fromkeys(names, Channels(len(names) * count))
     watched = Watched(source, calibration.inputs, calibration.outputs, calibration.threads)
+    reached = set()
     for at in range(count):
         for name, value in watched.seen(calibration.rows, at):
-            if name in wanted:
-                found.setdefault(wanted[name], Channels(count)).add(value)
-    return found
+            if name in found:
+                found[name].add(value)
+                reached.add(name)
+    return {name: one for name, one in found.items() if name in reached}
 
 
 def _matrix(model: Any, tensor: int) -> Array:
@@ -74,16 +105,16 @@ def _matrix(model: Any, tensor: int) -> Array:
     return raw.view(np.float32).reshape(its.shape)
 
 
-def _divided(model: Any, tensor: int, value: Array) -> int:
-    """The place of the matrix with that value: of a new one, where others take the old one as well."""
+def _divided(model: Any, buffer: int, value: Array, products: Sequence[int]) -> int | None:
+    """The place of a new tensor with that value, where others than those products take the old one; None where the old
+    one has it now."""
     graph = model.subgraphs[0]
-    its = graph.tensors[tensor]
-    takers = sum(int(n) == tensor for op in graph.operators for n in op.inputs)
-    sharers = sum(one.buffer == its.buffer for one in graph.tensors)
-    if takers == 1 and sharers == 1:
-        model.buffers[its.buffer].data = _bytes(value)
-        return tensor
-    return _added(model, f"{its.name.decode()}_divided", None, value)
+    its = {n for n, tensor in enumerate(graph.tensors) if tensor.buffer == buffer}
+    takers = {place for place, op in enumerate(graph.operators) if not its.isdisjoint(map(int, op.inputs))}
+    if takers <= set(products):
+        model.buffers[buffer].data = _bytes(value)
+        return None
+    return _added(model, f"{graph.tensors[min(its)].name.decode()}_divided", None, value)
 
 
 def _bytes(value: Array) -> Array:

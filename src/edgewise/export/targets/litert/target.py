@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from edgewise.errors import SourceError, UsageError
+from edgewise.errors import SourceError
 from edgewise.export.targets.litert.coverage import coverage, fully_accelerated
 from edgewise.export.targets.litert.file import File, distinct, plain_name, skipped
 from edgewise.export.targets.litert.run import Net, Watched, relative_l2
@@ -28,7 +28,7 @@ TOLERATED: Final = 1e-3  # relative L2 there
 RUNS: Final = 20  # that are timed
 TOGETHER: Final = 7  # rows at once, for a file with a free first axis
 HALF_MOST: Final = float(np.finfo(np.float16).max)
-LAYOUTS: Final = ("nhwc", "nchw")
+LAYOUT: Final = "nhwc"
 
 
 def convert(job: Job) -> Converted:
@@ -36,10 +36,8 @@ def convert(job: Job) -> Converted:
     from edgewise.export.sources import torch_source
     from edgewise.export.targets.litert import from_torch
 
-    if job.options.get("layout", LAYOUTS[0]) not in LAYOUTS:
-        raise UsageError(f"layout {job.options['layout']!r} is not known", hint=f"take {' or '.join(LAYOUTS)}")
     loaded = torch_source.load(job.source, job.inputs)
-    last = from_torch.images(loaded.inputs) if job.options.get("layout", LAYOUTS[0]) == "nhwc" else ()
+    last = from_torch.images(loaded.inputs) if job.options.get("layout", LAYOUT) == "nhwc" else ()
     artifact = Path(f"{job.artifact}.tflite")
     artifact.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=artifact.parent, prefix=".litert-") as scratch:

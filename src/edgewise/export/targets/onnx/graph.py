@@ -1,5 +1,5 @@
-"""ONNX files, as the targets that are made of them need them: loaded and looked over, with one fixed row, run in
-onnxruntime, their weights counted by number type, and with all that is between as outputs."""
+"""ONNX graphs, as the targets that are made of them need them: looked up, run in onnxruntime, their weights counted by
+number type, and with all that is between as outputs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from edgewise.errors import SourceError, UnsupportedModel
+from edgewise.errors import UnsupportedModel
+from edgewise.export.sources.onnx_file import load, network_inputs, plain, save, unable
 from edgewise.export.work.job import Array, Check, Job, Layers, read_array, write_arrays
 
 CPU: Final = ["CPUExecutionProvider"]
 BATCHES: Final = (1, 7)  # both must give the same
 LOOKED_AT: Final = 8  # rows, for checks of the way there
 TIMED: Final = 20  # single rows
-LARGEST: Final = 1_900_000_000  # bytes that one protobuf file may have, with room to spare
 WEIGHTY: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # what int8 is for, with a filter or matrix as input 1
-UNABLE: Final = ("NOT_IMPLEMENTED", "No Op registered", "Unknown opset", "under development", "is not a registered")
 TYPES: Final[dict[int, str]] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -37,52 +36,6 @@ TYPES: Final[dict[int, str]] = {
     onnx.TensorProto.INT4: "int4",
     onnx.TensorProto.UINT4: "int4",
 }
-
-
-# Files
-
-
-def load(path: str | Path) -> onnx.ModelProto:
-    """With its external data. SourceError for what is damaged or no ONNX file."""
-    place = Path(path)
-    if not place.is_file():
-        raise SourceError(f"{place} is no file", hint="give the path of an ONNX file")
-    try:
-        onnx.checker.check_model(str(place), full_check=True)
-        return onnx.load(place)
-    except Exception as e:  # protobuf's, onnx's and the system's own share no other class
-        why = plain(e)
-        if (
-            "doesn't exist" in why
-            or "should be stored in" in why
-            or "external" in why.lower()
-            or isinstance(e, FileNotFoundError)
-        ):
-            raise SourceError(
-                f"the weights of {place.name} are not where it says: {why}",
-                hint="put its external data beside it, under the name that it had",
-            ) from e
-        raise SourceError(
-            f"{place.name} is damaged, or no ONNX file: {why}",
-            hint="copy or export it again; `onnx.checker.check_model(path, full_check=True)` must accept it",
-        ) from e
-
-
-def save(model: onnx.ModelProto, path: str | Path) -> tuple[str, ...]:
-    """The files that were written: the model, and its weights beside it where one file cannot hold both."""
-    place = Path(path)
-    if model.ByteSize() < LARGEST:
-        place.write_bytes(model.SerializeToString(deterministic=True))
-        return (str(place),)
-    data = place.with_name(f"{place.name}.data")
-    data.unlink(missing_ok=True)  # onnx appends
-    onnx.save(model, place, save_as_external_data=True, location=data.name, size_threshold=1024)
-    return str(place), str(data)
-
-
-def plain(error: object, limit: int = 300) -> str:
-    """A message of others on one line, without colours."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:limit]
 
 
 def listed(value: Any) -> list[str]:
@@ -102,11 +55,6 @@ def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return found
 
 
-def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    stored = {one.name for one in model.graph.initializer}
-    return [one for one in model.graph.input if one.name not in stored]
-
-
 def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """The node that computes each tensor."""
     return {name: node for node in model.graph.node for name in node.output if name}
@@ -123,7 +71,7 @@ def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
 
 def first_axis(model: onnx.ModelProto) -> int | None:
     """How many rows the network takes at once; None where any number."""
-    shapes = [one.type.tensor_type.shape for one in graph_inputs(model)]
+    shapes = [one.type.tensor_type.shape for one in network_inputs(model)]
     return max((shape.dim[0].dim_value for shape in shapes if shape.dim), default=0) or None
 
 
@@ -145,17 +93,6 @@ def opened(path: str | Path, threads: int, *, optimize: bool = True) -> Any:
         return ort.InferenceSession(str(path), session_options(threads, optimize=optimize), providers=CPU)
     except Exception as e:
         raise unable(e, Path(path).name) from e
-
-
-def unable(error: Exception, name: str) -> SourceError | UnsupportedModel:
-    """onnxruntime's refusal as ours: its classes share no other than Exception."""
-    why = plain(error)
-    if any(mark in why for mark in UNABLE):
-        return UnsupportedModel(
-            f"onnxruntime {ort.__version__} cannot run {name}: {why}",
-            hint="export it with the operators and the opset that this version has",
-        )
-    return SourceError(f"onnxruntime cannot load {name}: {why}", hint="export it again")
 
 
 def feeds(session: Any, job: Job, directory: str) -> dict[str, Array]:
@@ -384,7 +321,7 @@ def _stacked(parts: Sequence[Array]) -> Any:
 
 def _between(model: onnx.ModelProto) -> list[str]:
     """What depends on an input; where it is rounded, only what comes out."""
-    moving = {one.name for one in graph_inputs(model)}
+    moving = {one.name for one in network_inputs(model)}
     order, rounded = [], set()
     for node in model.graph.node:
         if not any(name in moving for name in node.input):

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import onnx
 
+from edgewise.export.sources.onnx_file import save
 from edgewise.export.targets.mixed import MAY_LOSE, fewest
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.work.job import Array, Job
@@ -65,5 +66,5 @@ def _spread(rows: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _outputs(model: onnx.ModelProto, rows: Mapping[str, Array], job: Job, work: Path) -> list[Array]:
-    graphs.save(model, work / "mixed.onnx")
+    save(model, work / "mixed.onnx")
     return graphs.answers(graphs.opened(work / "mixed.onnx", job.threads), rows, 1)

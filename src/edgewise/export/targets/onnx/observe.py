@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
-from edgewise.export.targets.onnx.graph import CPU, constants, graph_inputs, pieces, save, session_options
+from edgewise.export.sources.onnx_file import network_inputs, save
+from edgewise.export.targets.onnx.graph import CPU, constants, pieces, session_options
 from edgewise.export.targets.ranges import SAMPLE, Seen, seen_of, together
 from edgewise.export.work.job import Array
 
@@ -39,7 +40,7 @@ def watch(
     """Shows each of those tensors for each row, if its numbers are floating."""
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
-    inputs = {one.name for one in graph_inputs(model)}
+    inputs = {one.name for one in network_inputs(model)}
     given = {one.name for one in wide.graph.output}
     names = [name for name in dict.fromkeys(tensors) if name and name not in inputs]
     wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -13,18 +15,9 @@ import onnx.version_converter
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from edgewise.errors import UnsupportedModel
-from edgewise.export.targets.onnx.graph import (
-    CPU,
-    as_numpy,
-    first_axis,
-    graph_inputs,
-    makers,
-    plain,
-    save,
-    session_options,
-    unable,
-)
+from edgewise.errors import UnsupportedModel, UsageError
+from edgewise.export.sources.onnx_file import LARGEST, network_inputs, plain, save, stored_bytes, unable
+from edgewise.export.targets.onnx.graph import CPU, as_numpy, first_axis, makers, session_options
 from edgewise.export.work.job import Tensor
 
 PER_CHANNEL: Final = 13  # the first opset of which that can be said
@@ -42,12 +35,35 @@ MASKING: Final = {  # what a mask passes through before it is added to the score
     "Unsqueeze",
     "Where",
 }
+QUANTIZED: Final = (
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"),
+    *("ConvInteger", "MatMulInteger", "MatMulNBits"),
+)
 MASKED: Final = -1000.0  # below that, a number before a softmax is there to make a zero
 MASK: Final = -40.0  # makes one too (4e-18), and leaves room for the scores in a range of integers or halves
 
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def check_float(model: onnx.ModelProto) -> None:
+    """UsageError for a network that is quantized already."""
+    done = Counter(node.op_type for node in model.graph.node if node.op_type in QUANTIZED)
+    if done:
+        raise UsageError(
+            f"the file is quantized already: it has {', '.join(f'{count} {op}' for op, count in done.items())}",
+            hint="give the float32 file that it was made of; a finished file is proved with --check",
+        )
+
+
+def check_size(model: onnx.ModelProto) -> None:
+    """UnsupportedModel for a network that cannot be written anew: that goes through one protobuf message."""
+    if (size := stored_bytes(model)) >= LARGEST:
+        raise UnsupportedModel(
+            f"the network takes {size / 1e9:.1f} GB in float32, and ONNX graphs are rewritten up to {LARGEST / 1e9} GB",
+            hint="fp32 ONNX it can be, or LiteRT or Core ML; a language model as a bundle: edgewise quantize",
+        )
 
 
 def settled(model: onnx.ModelProto, work: Path, inputs: Sequence[Tensor]) -> onnx.ModelProto:
@@ -57,7 +73,7 @@ def settled(model: onnx.ModelProto, work: Path, inputs: Sequence[Tensor]) -> onn
     small = onnx.ModelProto()
     small.CopyFrom(model)
     wanted = {one.name: one.shape for one in inputs}
-    for place, value in enumerate(graph_inputs(small)):
+    for place, value in enumerate(network_inputs(small)):
         shape = wanted.get(value.name, inputs[place].shape if place < len(inputs) else ())
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if not dim.dim_value:
@@ -79,7 +95,9 @@ def settled(model: onnx.ModelProto, work: Path, inputs: Sequence[Tensor]) -> onn
 
 
 def folded(model: onnx.ModelProto, work: Path) -> onnx.ModelProto:
-    """As onnxruntime simplifies it, with standard operators alone."""
+    """As onnxruntime simplifies it, with standard operators alone. Errors of the two checks above."""
+    check_float(model)
+    check_size(model)
     before, after = work / "fold-in.onnx", work / "fold-out.onnx"
     save(model, before)
     options = session_options(1, optimize=True)
@@ -119,23 +137,32 @@ def tamed(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     _name_all(copy)
-    inputs = graph_inputs(copy)
+    inputs = network_inputs(copy)
     del copy.graph.input[:]
     copy.graph.input.extend(inputs)
     copy.ir_version = max(copy.ir_version, 4)  # before, what is stored had to be an input
-    made, stored = makers(copy), {one.name: one for one in copy.graph.initializer}
-    todo = [node.input[0] for node in copy.graph.node if node.op_type == "Softmax"]
+    stored = {one.name: one for one in copy.graph.initializer}
+    for node in list(_making_masks(copy)):
+        for place, name in enumerate(node.input):
+            if name in stored and (raised := _raised(stored[name])) is not None:
+                node.input[place] = raised.name  # others may take the old one
+                if raised.name not in stored:
+                    stored[raised.name] = raised
+                    copy.graph.initializer.append(raised)
+    return without_unused(copy)
+
+
+def _making_masks(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """What may lead to a mask that is added before a softmax."""
+    made = makers(model)
+    todo = [node.input[0] for node in model.graph.node if node.op_type == "Softmax"]
     seen: set[str] = set()
     while todo:
         name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in stored:
-            _raise(stored[name])
-        elif name in made and made[name].op_type in MASKING:
+        if name not in seen and name in made and made[name].op_type in MASKING:
             todo += made[name].input
-    return copy
+            yield made[name]
+        seen.add(name)
 
 
 def _name_all(model: onnx.ModelProto) -> None:
@@ -147,16 +174,15 @@ def _name_all(model: onnx.ModelProto) -> None:
             taken[node.name] += 1
 
 
-def _raise(one: onnx.TensorProto) -> None:
-    if one.data_type != onnx.TensorProto.FLOAT:
-        return
-    value = as_numpy(one)
-    if (value < MASKED).any():
-        one.CopyFrom(numpy_helper.from_array(np.where(value < MASKED, np.float32(MASK), value), one.name))
+def _raised(one: onnx.TensorProto) -> onnx.TensorProto | None:
+    """A constant with what is lower than a mask must be as low as that; None where nothing is."""
+    if one.data_type != onnx.TensorProto.FLOAT or not ((value := as_numpy(one)) < MASKED).any():
+        return None
+    return numpy_helper.from_array(np.where(value < MASKED, np.float32(MASK), value), f"{one.name}_raised")
 
 
 def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """With each node after those that it needs, as the format wants it; else in the order they have."""
+    """With each node after those that it needs, as the format wants it; else in the order that they have."""
     waiting: dict[str, list[int]] = {}
     made = makers(model)
     nodes = list(model.graph.node)
@@ -166,14 +192,16 @@ def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
             waiting.setdefault(name, []).append(place)
     ready = [place for place, names in enumerate(needs) if not names]
     order: list[int] = []
-    for place in ready:  # which grows
+    while ready and len(order) <= len(nodes):
+        place = heappop(ready)
         order.append(place)
         for name in nodes[place].output:
             for other in waiting.get(name, ()):
                 needs[other].discard(name)
                 if not needs[other]:
-                    ready.append(other)
+                    heappush(ready, other)
     sorted_nodes = [nodes[place] for place in order]
+    assert len(order) == len(nodes), "two nodes make one tensor, or a tensor needs itself"
     del model.graph.node[:]
     model.graph.node.extend(sorted_nodes)
     return model
@@ -192,3 +220,29 @@ def without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     return model
+
+
+def with_matrices_once(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Equal matrices and filters stored once: torch's exporter turns one anew for each layer that has it, and a file of
+    ALBERT would hold its one layer twelve times."""
+    first: dict[Any, str] = {}
+    change = {}
+    given = {one.name for one in (*model.graph.input, *model.graph.output)}
+    for one in model.graph.initializer:
+        if len(one.dims) < 2 or one.name in given:
+            continue
+        value = (one.data_type, tuple(one.dims), hashlib.sha256(as_numpy(one).tobytes()).digest())
+        if (kept := first.setdefault(value, one.name)) != one.name:
+            change[one.name] = kept
+    rename(model.graph, change)
+    return without_unused(model) if change else model
+
+
+def rename(graph: onnx.GraphProto, change: Mapping[str, str]) -> None:
+    """In graphs inside nodes, too: they take tensors from outside."""
+    for node in graph.node:
+        node.input[:] = [change.get(name, name) for name in node.input]
+        node.output[:] = [change.get(name, name) for name in node.output]
+        for one in node.attribute:
+            if one.type == onnx.AttributeProto.GRAPH:
+                rename(one.g, change)

@@ -18,9 +18,11 @@ import onnx
 import onnxruntime as ort
 
 from edgewise.errors import UnsupportedModel, UsageError
+from edgewise.export.sources.onnx_file import load, network_inputs, plain, save
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.mixed import BY_CHOICE, floating_by_choice
 from edgewise.export.targets.onnx.products import floating, with_weights
+from edgewise.export.targets.onnx.rewrite import check_float, rename, with_matrices_once
 from edgewise.export.targets.onnx.typed import MATRICES, typed
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
 
@@ -35,19 +37,20 @@ def convert(job: Job) -> Converted:
     work = Path(job.work)
     notes: list[str] = []
     plain = Path(job.hub) if job.hub else _exported(job, work / "float32.onnx", notes)
+    model = load(plain)
+    check_float(model)
     checks = graphs.check_conversion(job, plain)
-    model = graphs.load(plain)
     if job.precision != "fp32":
         model = typed(model, job, work, notes)
     _as_called(model, job.options)
     artifact = Path(f"{job.artifact}.onnx")
-    files = graphs.save(model, artifact)
+    files = save(model, artifact)
     return Converted(str(artifact), files, checks, tuple(notes))
 
 
 def prove(job: Job) -> Proved:
     """Check the file, run it over all rows, and look at what it is made of."""
-    model = graphs.load(job.artifact)
+    model = load(job.artifact)
     optimize = bool(job.options.get("optimize", True))
     session = graphs.opened(job.artifact, job.threads, optimize=optimize)
     rows = graphs.feeds(session, job, job.rows)
@@ -101,7 +104,7 @@ def _exported(job: Job, path: Path, notes: list[str]) -> Path:
         except torch.onnx.OnnxExporterError as again:
             raise refused(again, loaded.module, one_row) from again
     model = renamed(program.model_proto, [one.name for one in job.inputs], loaded.outputs)
-    graphs.save(model, path)
+    save(with_matrices_once(model), path)
     return path
 
 
@@ -151,7 +154,7 @@ def _example(job: Job, name: str, rows: int) -> Any:
 
 def _as_called(model: onnx.ModelProto, options: Mapping[str, Any]) -> None:
     """The only input, and the first axis of everything, under the user's names."""
-    ports = graphs.graph_inputs(model)
+    ports = network_inputs(model)
     if (name := options.get("input_name")) is not None:
         if len(ports) != 1:
             called = ", ".join(one.name for one in ports)
@@ -168,7 +171,7 @@ def renamed(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str
     """With those names for its inputs and outputs. A tensor in the middle that has one of them already, as the exporter
     calls them after operators, gets another."""
     graph = model.graph
-    ports = [one.name for one in [*graphs.graph_inputs(model), *graph.output]]
+    ports = [one.name for one in [*network_inputs(model), *graph.output]]
     wanted = dict(zip(ports, [*inputs, *outputs], strict=False))
     taken = set(graphs.all_names(model)) | set(wanted.values())
     change = {old: new for old, new in wanted.items() if old != new}
@@ -176,20 +179,10 @@ def renamed(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str
         free = next(f"{name}_{n}" for n in range(1, len(taken) + 2) if f"{name}_{n}" not in taken)
         change[name] = free
         taken.add(free)
-    _rename(graph, change)
+    rename(graph, change)
     for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         value.name = change.get(value.name, value.name)
     return model
-
-
-def _rename(graph: onnx.GraphProto, change: Mapping[str, str]) -> None:
-    """In graphs inside nodes, too: they take tensors from outside."""
-    for node in graph.node:
-        node.input[:] = [change.get(name, name) for name in node.input]
-        node.output[:] = [change.get(name, name) for name in node.output]
-        for one in node.attribute:
-            if one.type == onnx.AttributeProto.GRAPH:
-                _rename(one.g, change)
 
 
 def refused(error: Exception, module: Any, example: tuple[Any, ...]) -> UnsupportedModel:
@@ -208,7 +201,7 @@ def refused(error: Exception, module: Any, example: tuple[Any, ...]) -> Unsuppor
             hint="write it without `if` on tensors: torch.where, or torch.cond",
         )
     return UnsupportedModel(
-        f"torch.onnx cannot export it{where}: {graphs.plain(text)}", hint="does `torch.export.export` take it?"
+        f"torch.onnx cannot export it{where}: {plain(text)}", hint="does `torch.export.export` take it?"
     )
 
 
@@ -255,17 +248,13 @@ def _check_kernels(job: Job, rows: Mapping[str, Array], outputs: Sequence[Array]
 
 def _left(model: onnx.ModelProto, precision: str) -> list[onnx.NodeProto]:
     """Nodes with weights of another number type than was asked for."""
-
     if precision == "fp32":
         return []
     if precision == "fp16":
         stored, made = graphs.constants(model), graphs.makers(model)
-        weights = {node.name: graphs.weight_of(node, stored, made) for node in with_weights(model)}
-        return [
-            node
-            for node in with_weights(model)
-            if weights[node.name].data_type == onnx.TensorProto.FLOAT and not _blocked(node, made)
-        ]
+        single = onnx.TensorProto.FLOAT
+        some = [node for node in with_weights(model) if graphs.weight_of(node, stored, made).data_type == single]
+        return [node for node in some if not _blocked(node, made)]
     return floating(model, activations=precision == "int8")
 
 

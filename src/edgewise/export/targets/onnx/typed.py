@@ -16,13 +16,14 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.onnx_model import ONNXModel
 
+from edgewise.export.sources.onnx_file import network_inputs, save
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.half import halved
 from edgewise.export.targets.onnx.int8 import paired, quiet, ranges, with_small_tables
 from edgewise.export.targets.onnx.mixed import mixed
 from edgewise.export.targets.onnx.observe import computed, observed
 from edgewise.export.targets.onnx.products import is_transformer, with_weights, without_weights
-from edgewise.export.targets.onnx.rewrite import folded, modern, tamed
+from edgewise.export.targets.onnx.rewrite import check_size, folded, modern, tamed
 from edgewise.export.targets.onnx.smooth import smoothed
 from edgewise.export.work.job import Array, Job, read_array
 
@@ -52,6 +53,7 @@ INT8_OPS: Final = (  # that onnxruntime has int8 kernels for on processors, and 
 
 def typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
     """In `job.precision`, which is not fp32; what was done is added to `notes`."""
+    check_size(model)
     if job.precision == "int4":
         return _int4(model)
     rows = calibration(job, model)
@@ -67,7 +69,7 @@ def typed(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onn
 
 def calibration(job: Job, model: onnx.ModelProto) -> dict[str, Array]:
     """Calibration rows by the names of a network's inputs."""
-    names = [one.name for one in graphs.graph_inputs(model)]
+    names = [one.name for one in network_inputs(model)]
     ours = [one.name for one in job.inputs]
     by_name = set(names) == set(ours)
     directory = job.calibration or job.rows
@@ -114,7 +116,7 @@ def _dynamic_int8(
     whole.replace_gemm_with_matmul()  # as the quantizer would, under names that are not known before
     model = tamed(whole.model)
     model = smoothed(model, rows, work, job.threads) if is_transformer(model) else model
-    graphs.save(model, work / "float.onnx")
+    save(model, work / "float.onnx")
 
     def pair(floating: Sequence[str]) -> onnx.ModelProto:
         with quiet():

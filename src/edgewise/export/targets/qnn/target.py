@@ -32,6 +32,7 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
 from edgewise.errors import EdgewiseError, ExportError, SourceError, UnsupportedModel, UsageError
+from edgewise.export.sources.onnx_file import load, plain, save
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.int8 import paired, ranges
 from edgewise.export.targets.onnx.observe import computed, observed
@@ -68,16 +69,14 @@ def convert(job: Job) -> Converted:
     _check_host()
     socs = _socs(job.options)
     work = Path(job.work)
-    model = prepared(graphs.load(job.hub), job, work)
-    graphs.save(model, work / "float32.onnx")
+    model = prepared(load(job.hub), job, work)
+    save(model, work / "float32.onnx")
     checks = graphs.check_conversion(job, work / "float32.onnx")
     notes: list[str] = []
     if job.precision == "int8":
         model = _paired(model, job, work, notes)
-    elif job.precision != "fp16":
-        raise UsageError(f"Hexagon has no {job.precision}", hint="ask for int8 or fp16")
     artifact = Path(f"{job.artifact}.onnx")
-    files = list(graphs.save(model, artifact))
+    files = list(save(model, artifact))
     for name in socs:
         try:
             files += _apart(_compiled, str(artifact), name, str(work))
@@ -89,7 +88,7 @@ def convert(job: Job) -> Converted:
 def prove(job: Job) -> Proved:
     """Emulate the graph over all rows with nothing allowed to run on the processor, and look at each chip's binary."""
     _check_host()
-    model = graphs.load(job.artifact)
+    model = load(job.artifact)
     with _processes(job.threads) as pool:
         taken, left, reasons = _result(pool.submit(_assigned, job.artifact))
         outputs = [] if left else _emulated(pool, job)
@@ -214,8 +213,6 @@ class _NoRows(CalibrationDataReader):  # type: ignore[misc]  # the library has n
 
 def _paired(model: onnx.ModelProto, job: Job, work: Path, notes: list[str]) -> onnx.ModelProto:
     bits = job.options.get("activations") or (16 if is_transformer(model) else 8)
-    if bits not in (8, 16):
-        raise UsageError(f"activations is {bits!r}", hint="8 or 16")
     notes.append(f"activations of {bits} bits")
     wide = QuantType.QUInt16 if bits == 16 else QuantType.QUInt8
     seen = observed(model, computed(model), calibration(job, model), work, job.threads)
@@ -322,7 +319,7 @@ def _opened(path: str, soc: str, extra: Mapping[str, str] | None = None) -> Any:
     try:
         return _session(path, soc, fallback=False, extra=extra)
     except Exception as e:
-        why = graphs.plain(e)
+        why = plain(e)
         if "fallback" in why:
             raise UnsupportedModel(
                 "some of its operators would run on the processor", hint="the coverage names them"

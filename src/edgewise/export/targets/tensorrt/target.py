@@ -25,6 +25,7 @@ import onnxruntime as ort
 import tensorrt_rtx_bindings as trt
 
 from edgewise.errors import ExportError, SourceError, UnsupportedModel, UsageError
+from edgewise.export.sources.onnx_file import load, network_inputs, plain, save
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.half import halved
 from edgewise.export.targets.onnx.int8 import centred, paired, ranges
@@ -79,12 +80,12 @@ class Log(trt.ILogger):  # type: ignore[misc]  # a C++ class
 def convert(job: Job) -> Converted:
     """Write `job.artifact`.engine, and beside it .onnx, .layers.json, .engine.json and .trtexec.sh."""
     work = Path(job.work)
-    compute, batches = _compute(job.options), _batches(job.options)
+    compute, batches = _compute(job.options), list(job.options.get("batches", BATCHES))
     model, notes = _parsable(job, work)
-    graphs.save(model, work / "float32.onnx")
+    save(model, work / "float32.onnx")
     checks = graphs.check_conversion(job, work / "float32.onnx")
     graph = Path(f"{job.artifact}.onnx")
-    files = list(graphs.save(_typed(model, job, work, notes), graph))
+    files = list(save(_typed(model, job, work, notes), graph))
     log = Log()
     engine = Path(f"{job.artifact}.engine")
     engine.write_bytes(_built(graph, job, compute, batches, log))
@@ -104,7 +105,7 @@ def prove(job: Job) -> Proved:
     engine = Path(job.artifact)
     stem = engine.with_suffix("")
     checks = [_check_engine(engine, Path(f"{stem}.onnx"))]
-    model = graphs.load(f"{stem}.onnx")
+    model = load(f"{stem}.onnx")
     run = _run(job, engine, f"{stem}.onnx")
     outputs = run.outputs
     write_arrays(Path(job.work) / "outputs", {str(place): value for place, value in enumerate(outputs)})
@@ -158,7 +159,7 @@ def _run(job: Job, engine: Path, graph: str) -> _Run:
             outputs, taken = gpu.executed(device, engine.read_bytes(), Log(), rows, count)
             return _Run("executed", f"TensorRT-RTX {trt.__version__} on {device.name}", outputs, taken)
         except Exception as e:  # a way that was never tried must not cost what is known without it
-            notes = (f"the engine was not run on {device.name}: {graphs.plain(e)}",)
+            notes = (f"the engine was not run on {device.name}: {plain(e)}",)
     by = f"the typed graph in onnxruntime {ort.__version__} on the processor, not the engine, which needs a GPU"
     return _Run("built", by, graphs.answers(session, rows, AT_ONCE), (), notes)
 
@@ -173,15 +174,15 @@ def layers(job: Job) -> Layers:
 
 def _parsable(job: Job, work: Path) -> tuple[onnx.ModelProto, list[str]]:
     """The hub with its free first axis if TensorRT takes that, else for one row. UnsupportedModel if neither."""
-    hub = graphs.load(job.hub)
+    hub = load(job.hub)
     hub = modern(hub) if job.precision == "int8" else hub
     model = folded(hub, work)
-    graphs.save(model, work / "parse.onnx")
+    save(model, work / "parse.onnx")
     if not (refused := _unsupported(work / "parse.onnx")):
         return tamed(model), []
     if graphs.first_axis(model) is None:
         model = settled(hub, work, job.inputs)
-        graphs.save(model, work / "parse.onnx")
+        save(model, work / "parse.onnx")
         if not _unsupported(work / "parse.onnx"):
             return tamed(model), [f"for one row at a time: with a free first axis, it has no {refused[0].op}"]
     found = "; ".join(f"{one.op} {one.why}" for one in refused[:3])
@@ -250,7 +251,7 @@ def _unsupported(graph: str | Path) -> list[Fallback]:
         error = parser.get_error(place)
         op = error.node_operator() or "graph"
         found.setdefault(op, []).append(error.node_name())
-        reasons.setdefault(op, graphs.plain(error.desc(), 160))
+        reasons.setdefault(op, plain(error.desc(), 160))
     return [
         Fallback(op, len(names), f"{reasons[op]} ({', '.join(names[:3])})", f"replace {op} in the network")
         for op, names in found.items()
@@ -272,7 +273,7 @@ def _built(graph: Path, job: Job, compute: Sequence[str], batches: Sequence[int]
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         raise UnsupportedModel(
-            f"TensorRT cannot read the typed graph: {graphs.plain(parser.get_error(0).desc())}",
+            f"TensorRT cannot read the typed graph: {plain(parser.get_error(0).desc())}",
             hint="ask for fp32 or fp16",
         )
     config = builder.create_builder_config()
@@ -285,7 +286,7 @@ def _built(graph: Path, job: Job, compute: Sequence[str], batches: Sequence[int]
     if engine is None:
         errors = [one for one in log.errors if "cudaError" not in one] or log.errors or ["it says nothing"]
         raise ExportError(
-            f"TensorRT-RTX cannot build the engine: {graphs.plain(errors[0])}",
+            f"TensorRT-RTX cannot build the engine: {plain(errors[0])}",
             hint=f"another precision, or fewer GPUs than {', '.join(compute)}: --option tensorrt.compute",
         )
     return bytes(engine)
@@ -402,11 +403,11 @@ def _sha256(path: Path) -> str:
 
 def script(graph: Path, job: Job, batches: Sequence[int]) -> str:
     """For TensorRT 10's trtexec."""
-    model = graphs.load(graph)
+    model = load(graph)
     shapes = []
     if graphs.first_axis(model) is None:
         for flag, rows in zip(("min", "opt", "max"), batches, strict=True):
-            each = [f"{one.name}:{'x'.join(map(str, _shape(one, rows)))}" for one in graphs.graph_inputs(model)]
+            each = [f"{one.name}:{'x'.join(map(str, _shape(one, rows)))}" for one in network_inputs(model)]
             shapes.append(f"--{flag}Shapes={','.join(each)}")
     lines = ['--onnx="$here"/' + shlex.quote(graph.name), "--stronglyTyped", '--saveEngine="$engine"']
     flags = " \\\n  ".join([*lines, *map(shlex.quote, shapes), '"$@"'])
@@ -439,11 +440,4 @@ def _compute(options: Mapping[str, Any]) -> list[str]:
     for name in found:
         if name not in known:
             raise UsageError(f"there is no compute capability {name!r} here", hint=f"allowed are {', '.join(known)}")
-    return found
-
-
-def _batches(options: Mapping[str, Any]) -> list[int]:
-    found = list(options.get("batches", BATCHES))
-    if len(found) != 3 or not all(isinstance(one, int) for one in found) or not 0 < found[0] <= found[1] <= found[2]:
-        raise UsageError(f"batches is {found}", hint="three whole numbers: the least, the best and the largest")
     return found
