@@ -18,7 +18,7 @@ from edgewise.errors import EdgewiseError
 from edgewise.export.proof.gate import Gate
 from edgewise.export.proof.parity import Parity
 from edgewise.export.wanted import Wanted
-from edgewise.export.work.job import Begun, Check, Converted, Proved, Source
+from edgewise.export.work.job import WEIGHTS, Begun, Check, Converted, Proved, Source
 from edgewise.models.bundle import sha256
 
 Status = Literal["ok", "refused", "failed"]
@@ -83,7 +83,7 @@ class Result:
             "by": proved.by,
             "path": made.artifact,
             "files": list(made.files),
-            "bytes": tree_bytes([Path(made.artifact)]),
+            "bytes": tree_bytes([one for one in files if str(one) in (made.artifact, f"{made.artifact}{WEIGHTS}")]),
             "sha256": tree_sha256(Path(made.artifact)),
             "files_sha256": {one.name: tree_sha256(one) for one in files},
             "parity": None if read else _parity(self.parity),

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from edgewise.errors import SourceError, UnsupportedModel
+from edgewise.export.work.job import WEIGHTS
 
 UNABLE: Final = ("NOT_IMPLEMENTED", "No Op registered", "Unknown opset", "under development", "is not a registered")
 APART: Final = ("external", "should be stored in", "doesn't exist")  # what onnx says of weights beside the file
@@ -91,7 +92,7 @@ def save(model: onnx.ModelProto, path: str | Path) -> tuple[str, ...]:
     if stored_bytes(model) < LARGEST:
         place.write_bytes(model.SerializeToString(deterministic=True))
         return (str(place),)
-    data = place.with_name(f"{place.name}.data")
+    data = place.with_name(f"{place.name}{WEIGHTS}")
     data.unlink(missing_ok=True)  # onnx appends
     whole = onnx.ModelProto()
     whole.CopyFrom(model)  # onnx takes the weights out of what it saves so

@@ -34,6 +34,7 @@ Level = Literal["executed", "emulated", "built", "spec-checked", "unverified"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 JOB: Final = "job.json"
 ANSWER: Final = "answer.json"
+WEIGHTS: Final = ".data"  # after an ONNX file's own name: what its weights are called where they lie beside it
 
 
 @dataclass(frozen=True, slots=True)
