@@ -31,7 +31,7 @@ def optimized(
     facts = exported_as(source, choice.wanted, asked, home, show)
     best = next((key for key, one in facts["targets"].items() if one["status"] == "ok"), None)
     first = choice.wanted[0].key if best is None else best
-    told = [choice.warning] if choice.warning else []
+    told = list(choice.warnings)
     if device is not None and best is not None:
         note = memory_note(shipped().find(device)[1], facts["targets"][best]["bytes"])
         told += [note] if note else []

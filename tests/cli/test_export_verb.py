@@ -200,7 +200,7 @@ def a_file_as_output(tmp_path: Path) -> tuple[str, ...]:
         (plain("--to", "tflite"), 2, "known are onnx, litert"),
         (plain("--to", "onnx", "--strict"), 2, "--max-drop"),
         (plain("--to", "onnx", "--option", "onnx.colour=red"), 2, "onnx has no option colour"),
-        (plain("--to", "onnx", "--option", "qnn.socs=x"), 2, "--to does not name"),
+        (plain("--to", "onnx", "--option", "qnn.socs=x"), 2, "given for qnn, and only onnx"),
         (plain("--to", "onnx", "--mean", "1,1,1"), 2, "--std"),
         (plain("--to", "onnx", "--task", "talk"), 2, "classify, embed"),
         (plain("--to", "onnx", "--option", "onnx.optimize=maybe"), 2, "'maybe' (give true or false)"),

@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ends import ended, until
 
 from edgewise.errors import ExportError, SourceError
 from edgewise.export.limits import Bounds
@@ -82,25 +82,6 @@ def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     assert ended(int(told.read_text()))
-
-
-def ended(process: int) -> bool:
-    def gone() -> bool:
-        try:
-            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except OSError:
-            return True
-
-    return until(gone)
-
-
-def until(happened: Callable[[], bool]) -> bool:
-    """Within half a minute."""
-    for _ in range(300):
-        if happened():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of another process is read from /proc")

@@ -176,6 +176,23 @@ def test_half_precision_is_widened(stored: bool, tmp_path: Path) -> None:
     np.testing.assert_allclose(again, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_number_types_in_attributes_are_widened_too(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 9, opset_import: ["" : 18]>
+        net (float16[n, 4] x) => (float16[n, 4] y) {
+            four = Constant <value_int = 4> ()  window = HannWindow <output_datatype = 10> (four)
+            no = Constant <value_int = 0> ()  ok = Cast <to = 9> (no)
+            y = If (ok) <
+                then_branch = yes () => (float16[n, 4] a) { a = Relu (x) },
+                else_branch = no () => (float16[n, 4] b) { b = Mul (x, window) }
+            >
+        }
+    """
+    job, _ = begun(written(tmp_path, text), tmp_path)
+    expected = read_array(job.rows, "x") * np.array([0, 0.5, 1, 0.5], np.float32)
+    np.testing.assert_allclose(read_array(tmp_path / "begin" / "reference", "0"), expected, atol=1e-6)
+
+
 def test_what_one_file_cannot_hold_is_saved_in_two_and_stays_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +215,9 @@ def test_what_one_file_cannot_hold_is_saved_in_two_and_stays_whole(
 
 
 def test_a_missing_a_cut_off_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
-    source = written(tmp_path, MLP, rows="n", width=4)
+    place = tmp_path / "external"  # which is no word about its weights
+    place.mkdir()
+    source = written(place, MLP, rows="n", width=4)
     path = Path(source.ref)
     whole = path.read_bytes()
     for bytes_ in (whole[: len(whole) // 2], b"no model", b""):

@@ -130,6 +130,7 @@ def test_whole_numbers_are_not_float32() -> None:
     assert "fp32 was asked for" in gate.precision_check(small, "fp32").detail
     assert [gate.precision_check(one, "fp32").ok for one in (small, some)] == [False, True]
     assert gate.precision_check(small, "int8").ok
+    assert gate.precision_check(small, "fp32", kept=True).ok
 
 
 def test_what_two_looked_at_is_told_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Final
 
 import onnx
 import pytest
+from ends import ended
 from onnx import helper
 from onnx_steps import NETS, Bench, bench
 
@@ -136,6 +138,26 @@ def test_an_axis_that_stays_free_is_refused(qnn: Bench, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="no fixed length along axis 2") as caught:
         qnn.converted(replace(job, hub=str(tmp_path / "free.onnx"), inputs=(free,)), "int8")
     assert "--shape image=" in (caught.value.hint or "")
+
+
+POOL: Final = """
+import os, time
+from edgewise.export.targets.qnn.target import _processes
+with _processes(1) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_emulator_ends_with_a_worker_that_is_killed() -> None:
+    worker = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None
+        emulator = int(worker.stdout.readline())
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert ended(emulator)
 
 
 def test_a_chip_that_is_not_known_is_refused(qnn: Bench) -> None:

@@ -33,3 +33,5 @@ def test_weights_beside_a_file_count_and_other_files_do_not(tmp_path: Path) -> N
     proved = Proved("executed", True, "x", Coverage(1, 1, "x"), {"float32": 200})
     found = Result(Wanted("onnx", "onnx", "fp32"), "ok", made, proved).facts()
     assert (found["bytes"], len(found["files_sha256"])) == (210, 3)
+    made = Converted(str(tmp_path), tuple(map(str, files)))  # a directory, of which the files inside are named
+    assert Result(Wanted("coreml", "coreml", "fp32"), "ok", made, proved).facts()["bytes"] == 3210

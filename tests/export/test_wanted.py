@@ -74,7 +74,7 @@ def test_options_go_to_the_precisions_that_have_a_use_for_them() -> None:
 @pytest.mark.parametrize(
     ("to", "target", "given", "said"),
     [
-        ("onnx", "litert", {"layout": "nchw"}, "--to does not name"),
+        ("onnx", "litert", {"layout": "nchw"}, "given for litert, and only onnx"),
         ("onnx", "onnx", {"colour": "red"}, "onnx has no option colour"),
         ("litert", "litert", {"layout": "chwn"}, "litert.layout is 'chwn'"),
         ("coreml:int4", "coreml", {"palettize": 5}, "coreml.palettize is 5"),
@@ -92,6 +92,13 @@ def test_options_go_to_the_precisions_that_have_a_use_for_them() -> None:
 def test_options_that_mean_nothing_are_refused(to: str, target: str, given: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
         options(to, target, **given)
+
+
+def test_options_of_making_are_not_for_what_is_made_already() -> None:
+    wanted = parsed("onnx", None)
+    assert taken(wanted, {"onnx": {"optimize": False}}, OPTIONS, made=False)[0].options == {"optimize": False}
+    with pytest.raises(UsageError, match=r"onnx\.batch_name is for what is made here"):
+        taken(wanted, {"onnx": {"batch_name": "n"}}, OPTIONS, made=False)
 
 
 @pytest.mark.parametrize("name", preset.names())
@@ -123,10 +130,18 @@ def test_a_device_adds_what_it_alone_can_run() -> None:
 def test_nnapi_is_had_with_a_warning() -> None:
     choice = preset.chosen(preset.read("android"), shipped(), None, "nnapi")
     assert [choice.backends[one.key] for one in choice.wanted] == ["nnapi"]
-    assert choice.warning is not None
-    assert "deprecated" in choice.warning
+    assert ["deprecated" in one for one in choice.warnings] == [True]
     with pytest.raises(UsageError, match="it has litert, nnapi"):
         preset.chosen(preset.read("android"), shipped(), None, "vulkan")
+
+
+def test_what_a_language_model_does_not_have_of_a_preset_is_said() -> None:
+    choice = preset.chosen(preset.read("ios-palettized"), shipped(), None, None, language=True)
+    assert [dict(one.options) for one in choice.wanted] == [{}]
+    assert any("palettize" in one and "language" in one for one in choice.warnings)
+    choice = preset.chosen(preset.read("android"), shipped(), None, None, language=True)
+    assert choice.warnings == ("litert has no fp16 of a language model: it is int8-dynamic",)
+    assert preset.chosen(preset.read("ios-palettized"), shipped(), None, None).warnings == ()
 
 
 @pytest.mark.parametrize(

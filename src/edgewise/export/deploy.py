@@ -27,7 +27,8 @@ class EdgeDeployer:
 
     A model is a torch module, or anything that `edgewise export` takes as MODEL: `module:attribute`, an .onnx, .pt2 or
     .gguf file, the directory of a bundle, of Hugging Face or of a TensorFlow SavedModel, a name. OverBudget if what
-    came out was refused; the other errors are those of `edgewise export`."""
+    came out was refused; the other errors are those of `edgewise export`. `precision` is a target's default if it is
+    not given; `more` are fields of `Asked`."""
 
     supported_platforms: Final = ["TFLite", "ONNX", "Core ML", "TensorRT"]
 
@@ -36,20 +37,20 @@ class EdgeDeployer:
         self.report: Mapping[str, Any] = {}
 
     def convert_to_tflite(
-        self, model_path: Any, input_shape: tuple[int, ...] | None = None, *, precision: str = "fp16", **more: Any
+        self, model_path: Any, input_shape: tuple[int, ...] | None = None, *, precision: str | None = None, **more: Any
     ) -> Path:
         """A .tflite with half-precision weights (a .litertlm with int8 ones of a language model)."""
         return self._converted(model_path, "litert", precision, input_shape, more)
 
     def convert_to_onnx(
-        self, model: Any, input_shape: tuple[int, ...] | None = None, *, precision: str = "fp32", **more: Any
+        self, model: Any, input_shape: tuple[int, ...] | None = None, *, precision: str | None = None, **more: Any
     ) -> Path:
         """An .onnx whose first axis, `batch_size`, is free; the one input of a torch module is called `input`."""
         names = {"batch_name": "batch_size"} | ({"input_name": "input"} if hasattr(model, "forward") else {})
         return self._converted(model, "onnx", precision, input_shape, more, names)
 
     def convert_to_coreml(
-        self, model: Any, input_shape: tuple[int, ...] | None = None, *, precision: str = "fp16", **more: Any
+        self, model: Any, input_shape: tuple[int, ...] | None = None, *, precision: str | None = None, **more: Any
     ) -> Path:
         """An .mlpackage; what is known of it without a Mac is in the report."""
         return self._converted(model, "coreml", precision, input_shape, more)
@@ -64,7 +65,7 @@ class EdgeDeployer:
         self,
         model: Any,
         target: str,
-        precision: str,
+        precision: str | None,
         input_shape: tuple[int, ...] | None,
         more: dict[str, Any],
         options: Mapping[str, Any] | None = None,
@@ -72,13 +73,13 @@ class EdgeDeployer:
         with as_model(model, input_shape) as name:
             language = not hasattr(model, "forward") and _is_language(name)
             given = dict(more.pop("options", {}))
-            if options and not language:
+            if options and not language and not more.get("checked"):
                 given[target] = {**options, **given.get(target, {})}
             asked = Asked(
                 model=name,
                 to=target,
                 output=self.output,
-                precision=None if language else precision,
+                precision=precision,
                 options=given,
                 **more,
             )
@@ -100,7 +101,7 @@ def as_model(model: Any, input_shape: tuple[int, ...] | None) -> Iterator[str]:
         if input_shape is not None:
             raise UsageError(
                 f"input_shape is for a torch module, and {model} says the shapes of its inputs itself",
-                hint="leave it away; what a file leaves free: shapes={'input': (1, 3, 224, 224)}",
+                hint="leave it away: what a file leaves free is taken from your inputs",
             )
         yield str(model)
         return

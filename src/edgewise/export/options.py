@@ -14,11 +14,13 @@ from edgewise.export.work.job import PRECISIONS, Precision
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """`words` follow "give"; artifacts of other precisions than `of` have no use for it."""
+    """`words` follow "give"; artifacts of other precisions than `of` have no use for it, and neither has the proof of
+    one that somebody else has made, unless it `proves`."""
 
     words: str
     fits: Callable[[Any], bool]
     of: Collection[Precision] = PRECISIONS
+    proves: bool = False
 
 
 def _count(value: Any) -> bool:
@@ -74,15 +76,15 @@ OPTIONS: Final[Options] = {
         "dynamic": Value('the free axes of inputs by name: {"input_ids": [1]}', _axes),
         "input_name": NAME,
         "batch_name": NAME,
-        "optimize": SWITCH,
+        "optimize": replace(SWITCH, proves=True),
         "reduce_range": _of(SWITCH, "int8", "int8-dynamic"),
     },
     "litert": {"layout": _one_of("nhwc", "nchw"), "dynamic_batch": SWITCH},
     "coreml": {
         "target": _one_of("iOS17", "iOS18"),
-        "palettize": _of(_one_of(4, 6, 8), "int8", "int4"),
+        "palettize": replace(_of(_one_of(4, 6, 8), "int8", "int4"), proves=True),
         "group": _of(Value("a whole number, 0 for one table a matrix", _count_or_none), "int8", "int4"),
-        "block": _of(COUNT, "int4"),
+        "block": replace(_of(COUNT, "int4"), proves=True),
         "dynamic_batch": SWITCH,
     },
     "tensorrt": {
@@ -108,18 +110,25 @@ def _check(target: str, given: Mapping[str, Any], known: Mapping[str, Value]) ->
             raise UsageError(f"the option {target}.{name} is {value!r}", hint=f"give {known[name].words}")
 
 
-def taken(wanted: Sequence[Wanted], given: Mapping[str, Mapping[str, Any]], known: Options) -> tuple[Wanted, ...]:
-    """Each artifact with those of the options that its precision has a use for. UsageError for options of targets that
-    are not asked for, for unknown ones, for values that they do not take, and for what no artifact has a use for."""
+def taken(
+    wanted: Sequence[Wanted], given: Mapping[str, Mapping[str, Any]], known: Options, *, made: bool = True
+) -> tuple[Wanted, ...]:
+    """Each artifact with those of the options that its precision has a use for; not `made` are those that somebody else
+    has made. UsageError for options of targets that are not asked for, for unknown ones, for values that they do not
+    take, and for what no artifact has a use for."""
     targets = dict.fromkeys(one.target for one in wanted)
     for target, its in given.items():
         if target not in targets:
             raise UsageError(
-                f"--option is of {target}, which --to does not name", hint=f"it names {', '.join(targets)}"
+                f"options are given for {target}, and only {', '.join(targets)} will be made",
+                hint="leave them away, or make it too",
             )
         _check(target, its, known[target])
         for name in its:
-            _check_use(f"{target}.{name}", known[target][name], [one for one in wanted if one.target == target])
+            option, value = f"{target}.{name}", known[target][name]
+            if not made and not value.proves:
+                raise UsageError(f"{option} is for what is made here, not for --check", hint="leave it away")
+            _check_use(option, value, [one for one in wanted if one.target == target])
     return tuple(
         replace(one, options={**one.options, **useful(given.get(one.target, {}), known[one.target], one.precision)})
         for one in wanted

@@ -73,7 +73,7 @@ def exported_as(
 ) -> dict[str, Any]:
     """The same for a source that was found already and artifacts that something else has chosen."""
     known = LANGUAGE_OPTIONS if isinstance(source, Language) else OPTIONS
-    wanted = taken(wanted, asked.options, known)
+    wanted = taken(wanted, asked.options, known, made=asked.checked is None)
     gate = Gate(asked.max_drop, asked.strict)
     with claimed(asked.output, () if asked.checked else wanted):
         if isinstance(source, Language):

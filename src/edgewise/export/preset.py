@@ -48,12 +48,13 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is made of a preset for one device, or for none in particular. `warning` is of the backend asked for."""
+    """What is made of a preset for one device, or for none in particular. `warnings` are of the backend asked for, and
+    of what a language model does not have."""
 
     preset: Preset
     wanted: tuple[Wanted, ...]
     backends: Mapping[str, str] = field(default_factory=dict)  # by the keys of `wanted`
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def names() -> list[str]:
@@ -107,7 +108,10 @@ def chosen(
     names = {
         w.key: backend if backend in preset.backends else one.backend for w, one in zip(wanted, found, strict=True)
     }
-    return Choice(preset, tuple(wanted), names, preset.backends.get(backend or ""))
+    said = [preset.backends[backend]] if backend in preset.backends else []
+    for one, its in zip(found, wanted, strict=True):
+        said += _left_out(one, its, id)
+    return Choice(preset, tuple(wanted), names, tuple(said))
 
 
 def _devices(preset: Preset) -> set[str]:
@@ -147,9 +151,23 @@ def _wanted(artifact: Artifact, device: str | None, *, language: bool) -> Wanted
     target, precision = artifact.target, artifact.precision
     if language and precision not in LANGUAGE_PRECISIONS[target]:
         precision = LANGUAGE_PRECISIONS[target][0]
-    given = {**artifact.options, **(artifact.devices or {}).get(device or "", {})}
     known = (LANGUAGE_OPTIONS if language else OPTIONS)[target]
-    return Wanted(target, target, precision, useful(given, known, precision))
+    return Wanted(target, target, precision, useful(_options(artifact, device), known, precision))
+
+
+def _options(artifact: Artifact, device: str | None) -> dict[str, Any]:
+    return {**artifact.options, **(artifact.devices or {}).get(device or "", {})}
+
+
+def _left_out(artifact: Artifact, wanted: Wanted, device: str | None) -> list[str]:
+    """What the preset asks for and a language model does not have."""
+    said = []
+    if wanted.precision != artifact.precision:
+        said.append(f"{wanted.target} has no {artifact.precision} of a language model: it is {wanted.precision}")
+    names = [name for name in _options(artifact, device) if name not in wanted.options]
+    if names:
+        said.append(f"{wanted.target}: {', '.join(names)} of the preset is not for a language model")
+    return said
 
 
 def _check(path: Path, preset: Preset) -> None:

@@ -211,7 +211,7 @@ class _Export:
         else:
             proved = proved_of(run(job, self._pythons[wanted.target], self._order.bounds))
             found = versions(job)
-        checks = [*made.checks, *proved.checks, precision_check(proved, wanted.precision)]
+        checks = [*made.checks, *proved.checks, precision_check(proved, wanted.precision, kept=True)]
         figures = self._compared(Path(job.work) / "logits", wanted, proved, checks)
         told = told_once(checks)
         refused = any(not one.ok for one in told)

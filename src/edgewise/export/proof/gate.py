@@ -72,14 +72,15 @@ def check_rows(gate: Gate, rows: int, *, random: bool) -> None:
         )
 
 
-def precision_check(proved: Proved, precision: Precision) -> Check:
-    """Whether quantization was skipped, all of it or a part; or done, where float32 was asked for."""
+def precision_check(proved: Proved, precision: Precision, *, kept: bool = False) -> Check:
+    """Whether quantization was skipped, all of it or a part; or done, where float32 was asked for, if weights are not
+    `kept` there as the source has them, whatever that is."""
     kinds = ", ".join(f"{size} bytes of {kind}" for kind, size in sorted(proved.weights.items())) or "none"
     if proved.skipped:
         names = ", ".join(proved.skipped[:SKIPPED_NAMED]) + (" …" if len(proved.skipped) > SKIPPED_NAMED else "")
         return Check("precision", False, f"{len(proved.skipped)} are not {precision}: {names}; weights are {kinds}")
     wide = sum(size for kind, size in proved.weights.items() if kind in WIDE)
-    ok = precision != "fp32" or 2 * wide >= sum(proved.weights.values())
+    ok = precision != "fp32" or kept or 2 * wide >= sum(proved.weights.values())
     return Check("precision", ok, f"weights are {kinds}" + ("" if ok else ", and fp32 was asked for"))
 
 

@@ -83,7 +83,7 @@ class Result:
             "by": proved.by,
             "path": made.artifact,
             "files": list(made.files),
-            "bytes": tree_bytes([one for one in files if str(one) in (made.artifact, f"{made.artifact}{WEIGHTS}")]),
+            "bytes": tree_bytes([Path(made.artifact), *(one for one in files if str(one) == made.artifact + WEIGHTS)]),
             "sha256": tree_sha256(Path(made.artifact)),
             "files_sha256": {one.name: tree_sha256(one) for one in files},
             "parity": None if read else _parity(self.parity),

@@ -16,10 +16,12 @@ from edgewise.errors import SourceError, UnsupportedModel
 from edgewise.export.work.job import WEIGHTS
 
 UNABLE: Final = ("NOT_IMPLEMENTED", "No Op registered", "Unknown opset", "under development", "is not a registered")
-APART: Final = ("external", "should be stored in", "doesn't exist")  # what onnx says of weights beside the file
+APART: Final = ("external data", "should be stored in", "doesn't exist")  # what onnx says of weights beside the file
 LARGEST: Final = 1_900_000_000  # bytes that one protobuf file may have, with room to spare
 HALVES: Final = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-NUMBER_TYPES: Final = ("to", "dtype", "output_dtype", "stash_type")  # attributes that name one
+NUMBER_TYPES: Final = (  # attributes that name one
+    *("to", "dtype", "output_dtype", "output_datatype", "softmax_precision", "stash_type"),
+)
 LEAST_APART: Final = 1024  # bytes of a tensor that goes to the file beside it
 
 
@@ -33,7 +35,7 @@ def load(path: str | Path) -> onnx.ModelProto:
         return onnx.load(place)
     except Exception as e:  # protobuf's, onnx's and the system's own share no other class
         why = plain(e)
-        if any(mark in why.lower() for mark in APART) or isinstance(e, FileNotFoundError):
+        if any(mark in why.replace(str(place), "").lower() for mark in APART) or isinstance(e, FileNotFoundError):
             raise SourceError(
                 f"the weights of {place.name} are not where it says: {why}",
                 hint="put its external data beside it, under the name that it had",
@@ -67,14 +69,19 @@ def _widen(graph: onnx.GraphProto) -> int:
 def _widen_attributes(nodes: Iterable[onnx.NodeProto]) -> int:
     found = 0
     for attribute in (one for node in nodes for one in node.attribute):
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            found += _widen(attribute.g)
-        elif attribute.type == onnx.AttributeProto.TENSOR:
-            found += _widen_tensor(attribute.t)
-        elif attribute.name in NUMBER_TYPES and attribute.i in HALVES:
+        found += sum(map(_widen, _graphs(attribute))) + sum(map(_widen_tensor, _tensors(attribute)))
+        if attribute.name in NUMBER_TYPES and attribute.i in HALVES:
             attribute.i = onnx.TensorProto.FLOAT
             found += 1
     return found
+
+
+def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    return [attribute.g, *attribute.graphs] if attribute.HasField("g") else list(attribute.graphs)
+
+
+def _tensors(attribute: onnx.AttributeProto) -> list[onnx.TensorProto]:
+    return [attribute.t, *attribute.tensors] if attribute.HasField("t") else list(attribute.tensors)
 
 
 def _widen_tensor(tensor: onnx.TensorProto) -> bool:
@@ -96,17 +103,37 @@ def save(model: onnx.ModelProto, path: str | Path) -> tuple[str, ...]:
     data.unlink(missing_ok=True)  # onnx appends
     whole = onnx.ModelProto()
     whole.CopyFrom(model)  # onnx takes the weights out of what it saves so
+    _store_constants(whole.graph)
     onnx.save(whole, place, save_as_external_data=True, location=data.name, size_threshold=LEAST_APART)
     return str(place), str(data)
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
     """What the tensors take. protobuf itself has no answer for what is too large for it."""
-    return sum(math.prod(one.dims) * _width(one.data_type) for one in model.graph.initializer)
+    return _stored_bytes(model.graph)
 
 
-def _width(kind: int) -> int:
-    return onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+def _stored_bytes(graph: onnx.GraphProto) -> int:
+    attributes = [one for node in graph.node for one in node.attribute]
+    tensors = [*graph.initializer, *(tensor for one in attributes for tensor in _tensors(one))]
+    own: int = sum(
+        math.prod(one.dims) * onnx.helper.tensor_dtype_to_np_dtype(one.data_type).itemsize for one in tensors
+    )
+    return own + sum(_stored_bytes(inner) for one in attributes for inner in _graphs(one))
+
+
+def _store_constants(graph: onnx.GraphProto) -> None:
+    """As initializers, which alone can lie beside the file."""
+    kept = []
+    for node in graph.node:
+        value = next((one.t for one in node.attribute if one.name == "value"), None)
+        if node.op_type != "Constant" or value is None:
+            kept.append(node)
+            continue
+        graph.initializer.add().CopyFrom(value)
+        graph.initializer[-1].name = node.output[0]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def network_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

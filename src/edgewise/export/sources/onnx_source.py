@@ -43,7 +43,7 @@ def begin(job: Job) -> Begun:
     model, half = load_float(path)
     if half:
         path = work / path.name
-        save(model, path)
+        _save_widened(model, path)
     inputs = inputs_of(model, job.source, _shown(job))
     preprocessing = dict(job.options.get("preprocessing", {}))
     rows = data.rows(job, inputs, preprocessing)
@@ -68,6 +68,17 @@ def begin(job: Job) -> Begun:
         notes=_notes(model, half=half),
         hub=str(path),
     )
+
+
+def _save_widened(model: onnx.ModelProto, path: Path) -> None:
+    save(model, path)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as e:  # C++ errors of many kinds
+        raise UnsupportedModel(
+            f"the half-precision numbers of {path.name} cannot be widened to float32: {plain(e)}",
+            hint="give the file in float32",
+        ) from e
 
 
 def layers(job: Job) -> Layers:

@@ -153,8 +153,8 @@ class Proved:
 class Begun:
     """The source as it was loaded, and how many rows there are to judge on (`rows/`), to calibrate with
     (`calibration/`), and what its outputs (`reference/`) are. `labels.npy` is there if `labelled`. `shared` says that
-    the calibration rows are judged on too, as there are too few to keep some back. `hub` is the float32 ONNX file that
-    the source is, if it is one."""
+    the calibration rows are judged on too, as there are too few to keep some back. `hub` is the ONNX file that
+    the source is, if it is one: in half precision, a copy of it in float32."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]

@@ -16,6 +16,8 @@ from edgewise.export.targets.litert.run import Watched
 from edgewise.export.targets.smooth import Channels, together
 from edgewise.export.work.job import Array
 
+Stored = tuple[int, tuple[int, ...]]  # a matrix: its buffer, which others may have in another shape, and its own
+
 
 def smoothed(source: Path, calibration: Calibration) -> Path:
     """The file itself, or one beside it with a MUL before the products of a transformer that gain by it."""
@@ -25,15 +27,15 @@ def smoothed(source: Path, calibration: Calibration) -> Path:
     model = flatbuffer_utils.read_model(str(source))
     graph = model.subgraphs[0]
     found = [place for place, op in enumerate(file.operators) if _is_product(file, op)]
-    groups = together(found, lambda place: (("input", _input(file, place)), ("matrix", _buffer(graph, place))))
+    groups = together(found, lambda place: (("input", _input(file, place)), ("matrix", _stored(graph, place))))
     channels = _seen(source, calibration, file, groups)
     muls: dict[int, Any] = {}  # by the place that they come before
     for places in map(sorted, groups):
         its = channels.get(file.tensors[_input(file, places[0])].name)
-        matrices = {_buffer(graph, place): _matrix(model, graph.operators[place].inputs[1]) for place in places}
+        matrices = {_stored(graph, place): _matrix(model, graph.operators[place].inputs[1]) for place in places}
         by = its.factors([one.T for one in matrices.values()]) if its is not None else None
         if by is not None:
-            divided = {buffer: _divided(model, buffer, value / by, places) for buffer, value in matrices.items()}
+            divided = {stored: _divided(model, stored, value / by, places) for stored, value in matrices.items()}
             muls |= _multiplied(model, file, places, by, divided)
     if not muls:
         return source
@@ -46,7 +48,7 @@ def smoothed(source: Path, calibration: Calibration) -> Path:
 
 
 def _multiplied(
-    model: Any, file: File, places: Sequence[int], by: Array, divided: Mapping[int, int | None]
+    model: Any, file: File, places: Sequence[int], by: Array, divided: Mapping[Stored, int | None]
 ) -> dict[int, Any]:
     """Makes the products there take their inputs times `by`; gives the new operators by the place that they
     come before."""
@@ -56,7 +58,7 @@ def _multiplied(
     made: dict[int, Any] = {}
     for place in places:
         op, tensor = graph.operators[place], _input(file, place)
-        matrix = divided[_buffer(graph, place)]
+        matrix = divided[_stored(graph, place)]
         if tensor not in scaled:
             scaled[tensor] = _added(model, f"{file.tensors[tensor].name}_smoothed", graph.tensors[tensor], None)
             made[place] = _mul(model, tensor, factors, scaled[tensor])
@@ -76,9 +78,10 @@ def _input(file: File, place: int) -> int:
     return file.operators[place].inputs[0]
 
 
-def _buffer(graph: Any, place: int) -> int:
-    """What holds the matrix of the product there: tensors may share one."""
-    return int(graph.tensors[graph.operators[place].inputs[1]].buffer)
+def _stored(graph: Any, place: int) -> Stored:
+    """Of the matrix of the product there."""
+    its = graph.tensors[graph.operators[place].inputs[1]]
+    return int(its.buffer), tuple(map(int, its.shape))
 
 
 def _seen(source: Path, calibration: Calibration, file: File, groups: Sequence[Sequence[int]]) -> dict[str, Channels]:
@@ -105,13 +108,14 @@ def _matrix(model: Any, tensor: int) -> Array:
     return raw.view(np.float32).reshape(its.shape)
 
 
-def _divided(model: Any, buffer: int, value: Array, products: Sequence[int]) -> int | None:
+def _divided(model: Any, stored: Stored, value: Array, products: Sequence[int]) -> int | None:
     """The place of a new tensor with that value, where others than those products take the old one; None where the old
     one has it now."""
-    graph = model.subgraphs[0]
+    graph, buffer = model.subgraphs[0], stored[0]
     its = {n for n, tensor in enumerate(graph.tensors) if tensor.buffer == buffer}
     takers = {place for place, op in enumerate(graph.operators) if not its.isdisjoint(map(int, op.inputs))}
-    if takers <= set(products):
+    alone = all(place in products and _stored(graph, place) == stored for place in takers)
+    if alone and not any(one.buffer == buffer for other in model.subgraphs[1:] for one in other.tensors):
         model.buffers[buffer].data = _bytes(value)
         return None
     return _added(model, f"{graph.tensors[min(its)].name.decode()}_divided", None, value)

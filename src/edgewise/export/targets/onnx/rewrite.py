@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from edgewise.errors import UnsupportedModel, UsageError
 from edgewise.export.sources.onnx_file import LARGEST, network_inputs, plain, save, stored_bytes, unable
-from edgewise.export.targets.onnx.graph import CPU, as_numpy, first_axis, makers, session_options
+from edgewise.export.targets.onnx.graph import CPU, WEIGHTY, as_numpy, first_axis, makers, session_options
 from edgewise.export.work.job import Tensor
 
 PER_CHANNEL: Final = 13  # the first opset of which that can be said
@@ -36,10 +36,11 @@ MASKING: Final = {  # what a mask passes through before it is added to the score
     "Where",
 }
 QUANTIZED: Final = (
-    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"),
-    *("ConvInteger", "MatMulInteger", "MatMulNBits"),
+    *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulNBits"),
+    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulBnb4", "QGemm", "QAttention", "GatherBlockQuantized"),
 )
-MASKED: Final = -1000.0  # below that, a number before a softmax is there to make a zero
+ADDED: Final = ("Add", "Where")  # how a mask comes to the scores
+MASKED: Final = -9000.0  # below that, a number before a softmax is there to make a zero
 MASK: Final = -40.0  # makes one too (4e-18), and leaves room for the scores in a range of integers or halves
 
 
@@ -48,12 +49,17 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_float(model: onnx.ModelProto) -> None:
-    """UsageError for a network that is quantized already."""
-    done = Counter(node.op_type for node in model.graph.node if node.op_type in QUANTIZED)
+    """UsageError for a network that rounds already: by operators for that alone, or as what its products take comes
+    from integers. An input of pixels in integers is none."""
+    made = makers(model)
+    done = Counter(node.op_type for node in nodes(model.graph) if node.op_type in QUANTIZED)
+    products = [node for node in model.graph.node if node.op_type in WEIGHTY]
+    rounded = [made.get(name) for node in products for name in node.input[:2]]
+    done += Counter(node.op_type for node in rounded if node is not None and node.op_type == "DequantizeLinear")
     if done:
         raise UsageError(
-            f"the file is quantized already: it has {', '.join(f'{count} {op}' for op, count in done.items())}",
-            hint="give the float32 file that it was made of; a finished file is proved with --check",
+            f"the network is quantized already: its products have {', '.join(f'{n} {op}' for op, n in done.items())}",
+            hint="give it as it was before that, in float32; a finished file is proved with --check",
         )
 
 
@@ -142,7 +148,7 @@ def tamed(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.graph.input.extend(inputs)
     copy.ir_version = max(copy.ir_version, 4)  # before, what is stored had to be an input
     stored = {one.name: one for one in copy.graph.initializer}
-    for node in list(_making_masks(copy)):
+    for node in _making_masks(copy):
         for place, name in enumerate(node.input):
             if name in stored and (raised := _raised(stored[name])) is not None:
                 node.input[place] = raised.name  # others may take the old one
@@ -152,17 +158,24 @@ def tamed(model: onnx.ModelProto) -> onnx.ModelProto:
     return without_unused(copy)
 
 
-def _making_masks(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """What may lead to a mask that is added before a softmax."""
-    made = makers(model)
-    todo = [node.input[0] for node in model.graph.node if node.op_type == "Softmax"]
-    seen: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name not in seen and name in made and made[name].op_type in MASKING:
-            todo += made[name].input
-            yield made[name]
-        seen.add(name)
+def _making_masks(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """What makes masks that are added before a softmax, and scores: nodes whose outputs reach nothing else."""
+    takers: dict[str, list[onnx.NodeProto]] = {one.name: [] for one in model.graph.output}
+    others = set(takers)
+    for node in model.graph.node:
+        others |= taken(node) - set(node.input)
+        for name in node.input:
+            takers.setdefault(name, []).append(node)
+    found: dict[str, onnx.NodeProto] = {}  # by their outputs
+    for node in reversed(model.graph.node):
+        name = node.output[0]
+        ends = [one.op_type == "Softmax" for one in takers.get(name, [])]
+        leads = all(end or one.output[0] in found for end, one in zip(ends, takers.get(name, []), strict=True))
+        if node.op_type not in MASKING or not ends or not leads or name in others:
+            continue
+        if not any(ends) or node.op_type in ADDED:  # a factor right before a softmax is a temperature
+            found[name] = node
+    return list(found.values())
 
 
 def _name_all(model: onnx.ModelProto) -> None:
@@ -205,6 +218,15 @@ def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(sorted_nodes)
     return model
+
+
+def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Those of graphs inside nodes included."""
+    for node in graph.node:
+        yield node
+        for one in node.attribute:
+            if one.type == onnx.AttributeProto.GRAPH:
+                yield from nodes(one.g)
 
 
 def taken(node: onnx.NodeProto) -> set[str]:

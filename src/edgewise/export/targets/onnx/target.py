@@ -38,7 +38,8 @@ def convert(job: Job) -> Converted:
     notes: list[str] = []
     plain = Path(job.hub) if job.hub else _exported(job, work / "float32.onnx", notes)
     model = load(plain)
-    check_float(model)
+    if job.precision != "fp32":
+        check_float(model)
     checks = graphs.check_conversion(job, plain)
     if job.precision != "fp32":
         model = typed(model, job, work, notes)
@@ -90,7 +91,8 @@ def _exported(job: Job, path: Path, notes: list[str]) -> Path:
     from edgewise.export.sources import torch_source
 
     loaded = torch_source.load(job.source, job.inputs)
-    axes = [_free_axes(one.name, len(one.shape), job.options) for one in job.inputs]
+    _check_dynamic(job)
+    axes = [_free_axes(one.name, job.options) for one in job.inputs]
     example = tuple(_example(job, one.name, rows=2) for one in job.inputs)
     try:
         program = _program(loaded.module, example, job, axes)
@@ -130,14 +132,23 @@ def _dynamic(module: Any, axes: Sequence[Mapping[int, Any]]) -> Any:
     return (tuple(axes),) if inspect.Parameter.VAR_POSITIONAL in kinds[:1] else tuple(axes)
 
 
-def _free_axes(name: str, rank: int, options: Mapping[str, Any]) -> dict[int, Any]:
+def _check_dynamic(job: Job) -> None:
+    ranks = {one.name: len(one.shape) for one in job.inputs}
+    for name, axes in job.options.get("dynamic", {}).items():
+        if name not in ranks:
+            raise UsageError(f"dynamic names {name!r}, which is no input", hint=f"inputs are {', '.join(ranks)}")
+        if strange := [axis for axis in axes if axis >= ranks[name]]:
+            raise UsageError(
+                f"dynamic names axis {strange[0]} of {name!r}", hint=f"it has the axes 1 to {ranks[name] - 1} to free"
+            )
+
+
+def _free_axes(name: str, options: Mapping[str, Any]) -> dict[int, Any]:
     """The first one, by the name that all inputs share, and what the user wants besides."""
     import torch
 
     found: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
     for axis in options.get("dynamic", {}).get(name, ()):
-        if not 0 < axis < rank:
-            raise UsageError(f"dynamic names axis {axis} of {name!r}, which has axes 0 to {rank - 1}")
         found[axis] = torch.export.Dim(f"axis_{axis}", min=1)
     return found
 

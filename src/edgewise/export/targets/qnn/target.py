@@ -40,6 +40,7 @@ from edgewise.export.targets.onnx.products import floating, is_transformer
 from edgewise.export.targets.onnx.rewrite import settled, tamed
 from edgewise.export.targets.onnx.typed import calibration
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
+from edgewise.export.work.start import end_with
 
 EP: Final = "QNNExecutionProvider"
 NPU: Final = "Hexagon HTP"
@@ -279,7 +280,8 @@ def _version() -> str:
 def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """The emulator computes on one core, and a damaged binary may end its process: so it never runs in this one, which
     forks as long as it has not loaded it."""
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(count, fork, initializer=end_with, initargs=(os.getpid(),)) as pool:
         yield pool
 
 
