@@ -85,6 +85,13 @@ def test_the_first_axis_is_free_and_other_numbers_of_rows_give_the_same(onnx_ben
     assert "batch 7 against batch 1" in check.detail
 
 
+def test_a_file_says_nothing_of_the_disk_that_it_was_made_on(onnx_bench: Bench) -> None:
+    whole = Path(onnx_bench.converted(job_of(onnx_bench, "cnn"), "fp32").artifact).read_bytes()
+    assert b"nets" not in whole
+    assert b"site-packages" not in whole
+    assert str(Path(__file__).parent).encode() not in whole
+
+
 def test_another_axis_is_free_if_it_is_asked_for(onnx_bench: Bench) -> None:
     job = job_of(onnx_bench, "encoder")
     free = {"input_ids": [1], "attention_mask": [1]}

@@ -22,7 +22,7 @@ from edgewise.export.sources.onnx_file import load, network_inputs, plain, save
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.mixed import BY_CHOICE, floating_by_choice
 from edgewise.export.targets.onnx.products import floating, with_weights
-from edgewise.export.targets.onnx.rewrite import check_float, rename, with_matrices_once
+from edgewise.export.targets.onnx.rewrite import check_float, nodes, rename, with_matrices_once
 from edgewise.export.targets.onnx.typed import MATRICES, typed
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
 
@@ -106,8 +106,18 @@ def _exported(job: Job, path: Path, notes: list[str]) -> Path:
         except torch.onnx.OnnxExporterError as again:
             raise refused(again, loaded.module, one_row) from again
     model = renamed(program.model_proto, [one.name for one in job.inputs], loaded.outputs)
-    save(with_matrices_once(model), path)
+    save(with_matrices_once(_without_traces(model)), path)
     return path
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """torch's exporter writes into each node which lines of code it comes from, with their places on this disk."""
+    graph = model.graph
+    made = [*nodes(graph), *(node for function in model.functions for node in function.node)]
+    for one in (model, graph, *made, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del one.metadata_props[:]
+        one.ClearField("doc_string")
+    return model
 
 
 def _program(module: Any, example: tuple[Any, ...], job: Job, axes: Sequence[Mapping[int, Any]] | None) -> Any:
