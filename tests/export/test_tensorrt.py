@@ -141,7 +141,7 @@ def test_an_operator_that_tensorrt_lacks_is_named(trt: Bench, tmp_path: Path) ->
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "axes"))
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
     onnx.save(model, tmp_path / "det.onnx")
-    with pytest.raises(UnsupportedModel, match=r"Det .*my_det") as caught:
+    with pytest.raises(UnsupportedModel, match=r"Det: .*my_det") as caught:
         trt.converted(replace(job, hub=str(tmp_path / "det.onnx"), reference=""), "fp32")
     assert caught.value.hint
 

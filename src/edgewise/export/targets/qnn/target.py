@@ -93,7 +93,9 @@ def prove(job: Job) -> Proved:
     with _processes(job.threads) as pool:
         taken, left, reasons = _result(pool.submit(_assigned, job.artifact))
         outputs = [] if left else _emulated(pool, job)
-        checks = [Check("loads", not left, "compiled for the NPU" if not left else "not without the processor")]
+        ops = ", ".join(dict.fromkeys(op for _, op in left))
+        said = f"not without the processor, for {ops}" if left else "compiled for the NPU"
+        checks = [Check("loads", not left, said)]
         checks += _binaries(pool, job) if not left else []
     if outputs:
         write_arrays(Path(job.work) / "outputs", {str(place): value for place, value in enumerate(outputs)})

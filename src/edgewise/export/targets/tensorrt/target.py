@@ -51,6 +51,7 @@ from edgewise.export.work.job import (
 
 COMPUTE: Final = ("SM86", "SM89")
 BATCHES: Final = (1, 1, 8)
+NO_WORDS: Final = "its parser does not know it"
 MAGIC: Final = b"vtrt"
 LENGTH_AT: Final = 16  # in an engine: its own length, 8 bytes
 GPU: Final = "TensorRT"
@@ -185,9 +186,9 @@ def _parsable(job: Job, work: Path) -> tuple[onnx.ModelProto, list[str]]:
         save(model, work / "parse.onnx")
         if not _unsupported(work / "parse.onnx"):
             return tamed(model), [f"for one row at a time: with a free first axis, it has no {refused[0].op}"]
-    found = "; ".join(f"{one.op} {one.why}" for one in refused[:3])
+    found = "; ".join(f"{one.op}: {one.why}" for one in refused[:3])
     raise UnsupportedModel(
-        f"TensorRT has no {found}", hint="replace that in the network, or compute it before or after it"
+        f"TensorRT cannot take {found}", hint="replace that in the network, or compute it before or after it"
     )
 
 
@@ -251,11 +252,17 @@ def _unsupported(graph: str | Path) -> list[Fallback]:
         error = parser.get_error(place)
         op = error.node_operator() or "graph"
         found.setdefault(op, []).append(error.node_name())
-        reasons.setdefault(op, plain(error.desc(), 160))
+        why = plain(error.desc(), 160)
+        reasons.setdefault(op, NO_WORDS if why == "false" else why)  # a bare assertion of its parser
     return [
-        Fallback(op, len(names), f"{reasons[op]} ({', '.join(names[:3])})", f"replace {op} in the network")
+        Fallback(op, len(names), _with_names(reasons[op], names), f"replace {op} in the network")
         for op, names in found.items()
     ]
+
+
+def _with_names(why: str, names: Sequence[str]) -> str:
+    known = [name for name in names if name]
+    return f"{why} ({', '.join(known[:3])})" if known else why
 
 
 def _coverage(path: str, model: onnx.ModelProto) -> Coverage:
