@@ -160,13 +160,13 @@ def _options(artifact: Artifact, device: str | None) -> dict[str, Any]:
 
 
 def _left_out(artifact: Artifact, wanted: Wanted, device: str | None) -> list[str]:
-    """What the preset asks for and a language model does not have."""
+    """What the preset asks for and this kind of model does not have."""
     said = []
     if wanted.precision != artifact.precision:
         said.append(f"{wanted.target} has no {artifact.precision} of a language model: it is {wanted.precision}")
     names = [name for name in _options(artifact, device) if name not in wanted.options]
     if names:
-        said.append(f"{wanted.target}: {', '.join(names)} of the preset is not for a language model")
+        said.append(f"{wanted.target}: {', '.join(names)} of the preset is not for this kind of model")
     return said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -134,6 +134,15 @@ def _store_constants(graph: onnx.GraphProto) -> None:
         graph.initializer[-1].name = node.output[0]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Those of graphs inside nodes included."""
+    for node in graph.node:
+        yield node
+        for one in node.attribute:
+            if one.type == onnx.AttributeProto.GRAPH:
+                yield from nodes(one.g)
 
 
 def network_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -23,6 +23,7 @@ from onnx import inliner, numpy_helper
 from torch import nn
 
 from edgewise.errors import EdgewiseError, UnsupportedModel
+from edgewise.export.sources.onnx_file import nodes
 from edgewise.export.sources.onnx_ops import maths, shaping, spatial  # noqa: F401  (they enter their operators)
 from edgewise.export.sources.onnx_ops.host import HOST, LARGEST, settled
 from edgewise.export.sources.onnx_ops.maths import FEW_BITS
@@ -127,7 +128,7 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _check(graph: onnx.GraphProto) -> None:
     """All that is unknown is named at once."""
-    unknown = [node for node in _nodes(graph) if node.domain not in DOMAINS or _kind(node) is None]
+    unknown = [node for node in nodes(graph) if node.domain not in DOMAINS or _kind(node) is None]
     if not unknown:
         return
     counts = Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in unknown)
@@ -150,14 +151,6 @@ def _check_inputs(graph: onnx.GraphProto) -> None:
         if number not in DTYPES or number in FEW_BITS:
             kind = onnx.TensorProto.DataType.Name(number).lower()
             raise UnsupportedModel(f"the input {one.name!r} is {kind}, and torch has no tensors of that", hint=WAY_OUT)
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
 
 
 def _kind(node: onnx.NodeProto) -> str | None:

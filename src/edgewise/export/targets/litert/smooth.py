@@ -92,13 +92,11 @@ def _seen(source: Path, calibration: Calibration, file: File, groups: Sequence[S
         names = {file.tensors[_input(file, place)].name for place in places}
         found |= dict.fromkeys(names, Channels(len(names) * count))
     watched = Watched(source, calibration.inputs, calibration.outputs, calibration.threads)
-    reached = set()
     for at in range(count):
         for name, value in watched.seen(calibration.rows, at):
             if name in found:
                 found[name].add(value)
-                reached.add(name)
-    return {name: one for name, one in found.items() if name in reached}
+    return {name: one for name, one in found.items() if one.least is not None}
 
 
 def _matrix(model: Any, tensor: int) -> Array:

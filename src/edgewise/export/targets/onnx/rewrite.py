@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from edgewise.errors import UnsupportedModel, UsageError
-from edgewise.export.sources.onnx_file import LARGEST, network_inputs, plain, save, stored_bytes, unable
+from edgewise.export.sources.onnx_file import LARGEST, network_inputs, nodes, plain, save, stored_bytes, unable
 from edgewise.export.targets.onnx.graph import CPU, WEIGHTY, as_numpy, first_axis, makers, session_options
 from edgewise.export.work.job import Tensor
 
@@ -218,15 +218,6 @@ def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(sorted_nodes)
     return model
-
-
-def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Those of graphs inside nodes included."""
-    for node in graph.node:
-        yield node
-        for one in node.attribute:
-            if one.type == onnx.AttributeProto.GRAPH:
-                yield from nodes(one.g)
 
 
 def taken(node: onnx.NodeProto) -> set[str]:

@@ -18,11 +18,11 @@ import onnx
 import onnxruntime as ort
 
 from edgewise.errors import UnsupportedModel, UsageError
-from edgewise.export.sources.onnx_file import load, network_inputs, plain, save
+from edgewise.export.sources.onnx_file import load, network_inputs, nodes, plain, save
 from edgewise.export.targets.onnx import graph as graphs
 from edgewise.export.targets.onnx.mixed import BY_CHOICE, floating_by_choice
 from edgewise.export.targets.onnx.products import floating, with_weights
-from edgewise.export.targets.onnx.rewrite import check_float, nodes, rename, with_matrices_once
+from edgewise.export.targets.onnx.rewrite import check_float, rename, with_matrices_once
 from edgewise.export.targets.onnx.typed import MATRICES, typed
 from edgewise.export.work.job import Array, Check, Converted, Coverage, Fallback, Job, Layers, Proved, write_arrays
 
